@@ -1,0 +1,71 @@
+"""
+Real or generated: a LayerNorm and a linear head on the last hidden states of the discriminator's adapter.
+
+What differs from the textbook: the two texts of a prefix are tokenised the same way and cut to the same number of
+completion tokens, so that neither length, nor the cut, nor an end token, nor odd tokens give the generated one away.
+
+Letters: B texts, T tokens, H hidden.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reward import REAL
+
+
+class Discriminator(nn.Module):
+    """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real.
+
+    pool: `last` reads the last completion token's state, `mean` the mean over the completion's. The linear layer starts
+    at zero, so that p_real starts at exactly one half.
+    """
+
+    def __init__(self, hidden_size, pool="last"):
+        super().__init__()
+        self.pool = pool
+        self.norm = nn.LayerNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, 2)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden, mask):
+        hidden = hidden.float()  # (B, T, H)
+        if self.pool == "mean":
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
+        else:
+            last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, H)
+        return self.linear(self.norm(pooled))  # (B, 2)
+
+
+def pair_ids(encode, bos, prefix, sep, truth, completion):
+    """Ids of the real and the generated text of one prefix, with masks of their completion tokens, as the head reads them.
+
+    Each is `prefix + sep + text` tokenised as one plain text, both cut to the smaller number of completion tokens.
+    Returns ((real_ids, real_mask), (generated_ids, generated_mask)), or None where the completion is empty.
+    """
+    before, read = prefix + sep, []
+    for text in (truth, completion):
+        ids, offsets = encode(before + text)
+        mask = [end > len(before) for _, end in offsets]  # a token across the border is the completion's
+        read.append((ids, mask))
+    n = min(sum(mask) for _, mask in read)
+    if n == 0:
+        return None
+    texts = []
+    for ids, mask in read:
+        stop = mask.index(True) + n
+        texts.append((bos + ids[:stop], [False] * len(bos) + mask[:stop]))
+    return tuple(texts)
+
+
+def discriminator_loss(logits, labels, kind="ce"):
+    """Loss of logits (B, 2) for labels (B,). ce: mean cross-entropy. pair: Bradley-Terry on the two texts of a prefix
+    (GAD, arXiv 2511.10643), which wants the real ones in the first half and the generated ones of the same prefixes in the second.
+    """
+    if kind == "ce":
+        return F.cross_entropy(logits, labels)
+    score = logits[:, REAL] - logits[:, 1 - REAL]  # (B,)
+    sign = 2 * (labels[:len(labels) // 2] == REAL).float() - 1  # (B/2,) -1 where the labels of a pair were swapped
+    first, second = score.chunk(2)  # (B/2,) each
+    return -F.logsigmoid(sign * (first - second)).mean()

@@ -1,0 +1,171 @@
+"""
+MAUVE of the last sequences of a run, beside the base model's floor and a ceiling of real text against real text.
+
+    python evaluate.py out/demo-1
+    python evaluate.py out/demo-1 --featurizer gpt2-large --seeds 10
+
+Writes mauve.json into the run's folder. MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is mauve-text's, with
+c = 5, a tenth as many buckets as texts, and its other defaults.
+
+What differs from the textbook: floor, result and ceiling stand on the same prefixes and the same number of texts, since
+few texts read high; each is a mean over seeds of k-means, with its standard deviation.
+"""
+import collections
+import json
+import pathlib
+import statistics
+import sys
+
+from flags import Parser, UserError
+
+WINDOW = 2000  # the write-up's: the last 2000 generated sequences, with mauve-text's own seed
+LIBRARY_SEED = 25
+
+
+def distinct(sequences, n):
+    """Distinct n-grams over all n-grams of lists of tokens, in [0, 1] (Li et al. 2016); None where there is none."""
+    grams = collections.Counter(gram for ids in sequences for gram in zip(*(ids[i:] for i in range(n))))
+    return len(grams) / grams.total() if grams else None
+
+
+def mauve_of(truth, generated, seeds=5):
+    """MAUVE between two feature matrices (N, H), over seeds of k-means.
+
+    Returns a dict: mauve and mauve_star (its smoothed variant), means; _sd; num_buckets; per_seed.
+    seeds: a number (seeds 0, 1, ...), or a list of seeds.
+    """
+    from mauve import compute_mauve
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    told = [compute_mauve(p_features=truth, q_features=generated, seed=seed, mauve_scaling_factor=5) for seed in seeds]
+    scores, stars = [float(t.mauve) for t in told], [float(t.mauve_star) for t in told]
+    return {"mauve": statistics.fmean(scores), "mauve_sd": statistics.pstdev(scores), "mauve_star": statistics.fmean(stars),
+            "mauve_star_sd": statistics.pstdev(stars), "num_buckets": int(told[0].num_buckets), "per_seed": scores}
+
+
+def featurizer(name, model, tokenizer, device, batch_size=32):
+    """Return `features(texts) -> (N, H) float32`.
+
+    base: last hidden states of the run's own base model, mean over positions. Any other model id: the last token's state,
+    of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself.
+    """
+    import numpy as np
+    import torch
+    from data import bos_ids, plain_encoder
+    from model import hidden_states, pad, without_adapters
+
+    if name == "base":
+        encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
+
+        def ids_of(text):
+            return bos + encode(text)[0]
+
+        def states(ids):
+            with without_adapters(model):
+                return hidden_states(model, ids)
+    else:
+        from transformers import AutoModel, AutoTokenizer
+        try:
+            other_tokenizer = AutoTokenizer.from_pretrained(name)
+            other = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--featurizer {name} could not be loaded ({str(error).strip().splitlines()[0]}); the run itself is saved: "
+                            "python evaluate.py RUN --featurizer base") from None
+
+        def ids_of(text):
+            return other_tokenizer(text, truncation=True, max_length=1024).input_ids
+
+        def states(ids):
+            return other(ids).last_hidden_state
+
+    @torch.no_grad()
+    def features(texts):
+        rows = [ids_of(text) for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of like length together
+        out = [None] * len(rows)
+        for first in range(0, len(order), batch_size):
+            part = order[first:first + batch_size]
+            hidden = states(pad([rows[i] for i in part], 0, device)).float()  # (B, T, H)
+            for i, h in zip(part, hidden):
+                n = len(rows[i])
+                out[i] = (h[:n].mean(0) if name == "base" else h[n - 1]).cpu().numpy()  # (H,)
+        return np.stack(out)  # (N, H)
+
+    return features
+
+
+def read_lines(file):
+    """The records of a .jsonl file; a last line that was torn off in writing is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is "" or torn
+
+
+def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
+    """Measure a run from the files it left. Writes mauve.json, prints a table, returns what result.json holds of it."""
+    out_dir = pathlib.Path(out_dir)
+    rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
+    n = len(floor) or min(WINDOW, len(rollouts))
+    if len(rollouts) < max(n, 4):
+        raise UserError(f"{out_dir} has {len(rollouts)} sequences, and {max(n, 4)} are needed; go on with: python train.py --resume {out_dir}")
+    last, before = rollouts[-n:], rollouts[:-n][-n:]
+    if floor and [r["prefix"] for r in floor] != [r["prefix"] for r in last]:
+        print(f"note: {out_dir} is not finished, so its floor stands on other prefixes than its last {n} sequences", file=sys.stderr)
+
+    featurize, num_empty = featurizer(featurizer_name, model, tokenizer, device), {}
+
+    def features_of(name, records, key):
+        texts = [record[key] for record in records if record[key]]  # mauve-text drops empty texts too, without a word
+        num_empty[name] = len(records) - len(texts)
+        return featurize(texts) if texts else None
+
+    truth, written = features_of("truth", last, "truth"), features_of("mauve", last, "completion")
+    compared = {"mauve": (truth, written)}
+    if floor:
+        compared["floor"] = truth, features_of("floor", floor, "completion")
+    # the ceiling sets the same truth against as many other real texts; a run too short for that, its two halves
+    other = features_of("ceiling", before, "truth") if len(before) == n else None
+    compared["ceiling"] = (truth, other) if other is not None else (truth[:len(truth) // 2], truth[len(truth) // 2:])
+    scores = {name: mauve_of(p, q, seeds) if q is not None else None for name, (p, q) in compared.items()}
+
+    window = rollouts[-WINDOW:]
+    p, q = (features_of("last2000", window, key) for key in ("truth", "completion"))
+    scores["mauve_last2000"] = mauve_of(p, q, [LIBRARY_SEED]) if q is not None else None
+
+    result = {}
+    for name in ("mauve", "floor", "ceiling"):
+        score = scores.get(name)
+        result[name], result[f"{name}_sd"] = (score["mauve"], score["mauve_sd"]) if score else (None, None)
+    result.update(mauve_last2000=(scores["mauve_last2000"] or {}).get("mauve"), num_last2000=len(window), num_sequences=n,
+                  featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
+    report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores}
+    (out_dir / "mauve.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    print(f"\nMAUVE of {out_dir}: {n} sequences, {scores['mauve']['num_buckets'] if scores['mauve'] else 0} buckets, featurizer "
+          f"{featurizer_name}, {seeds} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
+    for name, label in (("floor", "floor: the base model"), ("mauve", "result: the end of the run"), ("ceiling", "ceiling: other real texts")):
+        score = scores.get(name)
+        print(f"  {label:28s}" + (f"{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   star {score['mauve_star']:.3f}" if score else "none"))
+    if scores["mauve_last2000"]:
+        print(f"  {'last ' + str(len(window)) + ' (the write-up)':28s}{scores['mauve_last2000']['mauve']:.3f}"
+              + ("" if len(window) == WINDOW else f"   fewer than {WINDOW}"))
+    return result
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("run", help="folder of a run, out/NAME")
+    parser.add_argument("--featurizer", default=None, help="a model id, or base: the run's own base model (unset: as the run's)")
+    parser.add_argument("--seeds", type=int, default=None, help="seeds of k-means (unset: as the run's)")
+    parser.add_argument("--device", default=None, help="cuda, cpu, ... (unset: as the run's)")
+    flags = parser.parse_args()
+
+    from checkpoint import read_args
+    run = read_args(flags.run)
+    settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key) for key in ("featurizer", "seeds", "device")}
+    if settings["seeds"] < 1:
+        raise UserError(f"--seeds {settings['seeds']}: must be above 0")
+    from model import load_model
+    needed = settings["featurizer"] == "base"
+    base_model, base_tokenizer = load_model(run["model"], run["quant"], run["dtype"], settings["device"]) if needed else (None, None)
+    evaluate(flags.run, settings["featurizer"], settings["seeds"], base_model, base_tokenizer, settings["device"])

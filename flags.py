@@ -1,0 +1,69 @@
+"""
+How every script here reads its flags and tells a mistake: one line, exit status 2, the nearest flag named.
+Imports nothing heavy, so that a wrong flag fails before torch has loaded.
+"""
+import argparse
+import difflib
+import math
+import sys
+
+
+class UserError(SystemExit):
+    """A user's mistake: says `message` in one line on standard error and ends the program with status 2.
+
+    The message tells what was given, what is allowed, and which flag to change.
+    """
+
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = " ".join(str(message).split())
+        print(f"error: {self.message}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with underscored flags, whole names only, defaults in --help, and errors of one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), known, 1, 0.5)
+            raise UserError(f"unknown flag {unknown[0]}" + (f", did you mean {near[0]}?" if near else "; --help lists them all"))
+        return args
+
+    def given(self, argv=None):
+        """The flags that stand on the command line, as typed."""
+        return [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+
+    def error(self, message):
+        raise UserError(message)
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def check(args):
+    """Refuse flags out of range and combinations that cannot work, before anything heavy is imported. Pure."""
+    positive = ("rank alpha prefix_tokens completion_tokens batch_size num_steps g_reward d_scale grad_clip ema_decay seeds").split()
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a finite number")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+            raise UserError(f"--{name} {value}: must not be negative")
+        if name in positive and not isinstance(value, str) and value == 0:
+            raise UserError(f"--{name} 0: must be above 0")
+    for name in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be from 0 to below 1")
+    total = args.num_steps * args.batch_size
+    if args.floor_sequences > total:
+        raise UserError(f"--floor_sequences {args.floor_sequences}: the run has only --num_steps {args.num_steps} x --batch_size "
+                        f"{args.batch_size} = {total} sequences; give at most that, or 0 for no floor")
+    if args.micro_batch and args.batch_size % args.micro_batch:
+        raise UserError(f"--micro_batch {args.micro_batch}: must divide --batch_size {args.batch_size}, or be 0 for the whole batch")
+    if args.d_loss == "pair" and args.d_shuffle:
+        raise UserError("--d_shuffle: swaps labels text by text, which --d_loss pair has no use for; use --d_loss ce")

@@ -1,0 +1,170 @@
+"""
+The base model in nf4, int8, bf16, fp16 or fp32, its rsLoRA adapters, and what its heads say of chosen tokens.
+
+What differs from the textbook:
+1. Log-probs, entropy and exact KL are computed from hidden states, in chunks of rows, and their gradients are taken in
+   the forward pass: positions x vocabulary never stands in memory, and no logit is computed twice.
+2. Ids that the tokenizer lacks are sliced off; ids forbidden at a position get FORBIDDEN, the same in sampler and learner.
+
+Letters: B sequences, T tokens, N chosen positions, V vocabulary, H hidden.
+"""
+import contextlib
+import pathlib
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
+
+from flags import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, and 0 * (x - x) stays 0 in the KL
+CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which holds up to five
+
+
+def load_model(name, quant="none", dtype="bf16", device="cpu"):
+    """A causal LM and its tokenizer from a hub id, a folder, or `demo` / `demo-small`, which are embedded.
+
+    quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
+    """
+    if name.startswith("demo"):
+        name = str(pathlib.Path(__file__).parent / "demo" / {"demo": "base", "demo-small": "small"}.get(name, name))
+    config = {
+        "none": None,
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }[quant]
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
+    except (OSError, ValueError) as error:  # no such folder or hub id, hub out of reach, no safetensors, not a causal LM
+        raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    model.requires_grad_(False)
+    model.eval()
+    ids = torch.tensor([[0, 1, 2]], device=device)
+    with torch.no_grad():
+        told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))
+    if not torch.allclose(told.float(), ours.float(), rtol=0.05, atol=0.05):
+        raise UserError(f"--model {name} changes its logits after the output layer (a soft cap, a scale), which token_logps does not know")
+    return model, tokenizer
+
+
+def add_adapters(model, names, rank, alpha):
+    """Wrap the model with one rsLoRA adapter a name on all its linear layers; the scale is alpha / sqrt(rank)."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model
+
+
+def adapter_parameters(model, name):
+    """The parameters of one adapter, by name: `requires_grad` tells only which adapter is active just now."""
+    return [p for key, p in model.named_parameters() if "lora_" in key and f".{name}." in key]
+
+
+def without_adapters(model):
+    """Context in which the model is its base. Never enter it between a forward and its backward."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+def causal_lm(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(model, ids, **kwargs):
+    """Last hidden states of the backbone, after its final norm: ids (B, T) to (B, T, H). No lm_head is run.
+
+    Pad on the right and pass no mask: under causal attention what follows a token cannot reach it.
+    """
+    return causal_lm(model).base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+
+
+def head_logits(model, hidden, vocab=None):
+    """Logits of hidden states (..., H) over the first `vocab` ids: (..., V)."""
+    head = causal_lm(model).get_output_embeddings()
+    return torch.nn.functional.linear(hidden, head.weight[:vocab], None if head.bias is None else head.bias[:vocab])
+
+
+def pad(rows, value=0, device="cpu", dtype=torch.long):
+    """Lists of unequal length to one right-padded tensor (B, T)."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)  # (B, T)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out.to(device)
+
+
+# -----------------------------------------------------------------------------
+# what the model says of the tokens that were drawn
+
+class TokenStats(NamedTuple):
+    logp: torch.Tensor      # (N,) log-prob of the target, nats
+    entropy: torch.Tensor   # (N,) of the policy, nats
+    kl: torch.Tensor        # (N,) exact KL(policy || reference) over the vocabulary, nats; 0 without a reference
+    ref_logp: torch.Tensor  # (N,) log-prob of the target under the reference; 0 without one
+
+
+def token_logps(model, hidden, targets, blocked, kind, ref_hidden=None, temperature=1.0, entropy_grad=False):
+    """Per-token statistics of N positions from their hidden states.
+
+    hidden, ref_hidden: (N, H), the states that predict the targets, under the policy and (no gradient) the reference.
+    targets: (N,) ids. blocked: (K, V) bool, forbidden ids by kind of position; kind: (N,) its row for each position.
+    Gradients flow into `hidden` alone, through logp and kl, and through entropy if entropy_grad. Log-sum-exp in fp32.
+    """
+    head = causal_lm(model).get_output_embeddings()
+    V = blocked.shape[1]
+    bias = None if head.bias is None else head.bias[:V]
+    return TokenStats(*_TokenStats.apply(hidden, ref_hidden, head.weight[:V], bias, targets, blocked, kind, temperature, entropy_grad))
+
+
+def row_logps(hidden, weight, bias, blocked, temperature):
+    """Log-probs over the vocabulary: hidden (n, H), blocked (n, V) bool to (n, V) fp32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()  # (n, V)
+    if temperature != 1.0:
+        logits /= temperature
+    logits.masked_fill_(blocked, FORBIDDEN)
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))  # (n, V)
+
+
+class _TokenStats(torch.autograd.Function):
+    """Gradients by hand, with z the logits, p the policy, q the reference, e_t the target's one-hot row:
+    d logp / dz = e_t - p,  d kl / dz = p (log p - log q - kl),  d entropy / dz = -p (log p + entropy),  dz / dh = W / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature, entropy_grad):
+        N, V = len(targets), weight.shape[0]
+        logp, entropy, kl, ref_logp = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))  # (N,) each
+        need = ctx.needs_input_grad[0]
+        grads = [torch.zeros_like(hidden) if wanted else None for wanted in
+                 (need, need and entropy_grad, need and ref_hidden is not None)]  # (N, H) each
+        for rows in torch.arange(N, device=hidden.device).split(max(16, CHUNK_BYTES // (4 * V))):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            target, mask = targets[rows, None], blocked[kind[rows]]  # (n, 1), (n, V)
+            log_p = row_logps(hidden[rows], weight, bias, mask, temperature)  # (n, V)
+            p = log_p.exp()  # (n, V)
+            logp[rows] = log_p.gather(1, target)[:, 0]
+            entropy[rows] = -(p * log_p).sum(-1)
+            if grads[0] is not None:
+                grads[0][rows] = (weight[target[:, 0]] - p.to(weight.dtype) @ weight) / temperature
+            if grads[1] is not None:
+                grads[1][rows] = -(p * (log_p + entropy[rows, None])).to(weight.dtype) @ weight / temperature
+            if ref_hidden is not None:
+                log_q = row_logps(ref_hidden[rows], weight, bias, mask, temperature)  # (n, V)
+                ref_logp[rows] = log_q.gather(1, target)[:, 0]
+                ratio = log_p.sub_(log_q)  # (n, V)
+                kl[rows] = (p * ratio).sum(-1)
+                if grads[2] is not None:
+                    grads[2][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature
+        ctx.grads = grads
+        ctx.mark_non_differentiable(*([ref_logp] if entropy_grad else [ref_logp, entropy]))
+        return logp, entropy, kl, ref_logp
+
+    @staticmethod
+    def backward(ctx, *upstream):  # of logp, entropy, kl, ref_logp: (N,) each
+        total = sum(g * up[:, None].to(g.dtype) for g, up in zip(ctx.grads, upstream) if g is not None)  # (N, H)
+        return (total,) + (None,) * 8

@@ -1,0 +1,45 @@
+"""
+Rewards, length score, baseline, advantages and the generator's loss: pure functions, tested by hand-worked tables.
+
+Letters: B sequences, N sampled positions.
+"""
+import torch
+
+REAL = 1  # the discriminator's class of the real text; 0 is generated
+
+
+def length_score(n, completion_tokens):
+    """n / completion_tokens, at most 1; n: tokens of the completion after the echo is cut."""
+    return min(n / completion_tokens, 1.0)
+
+
+def generator_reward(logits, length_scores, kind="prob", d_scale=1.0):
+    """What the generator is paid: (B,) from the discriminator's logits (B, 2) and length scores (B,).
+
+    prob:   d_scale * p_real * length_score
+    neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure.
+    Neither is ever negative: a negative reward times a length score would pay for writing nothing.
+    """
+    logps = torch.log_softmax(logits.float(), -1)  # (B, 2)
+    score = {"prob": logps[:, REAL].exp(), "neglog": -logps[:, 1 - REAL]}[kind]  # (B,)
+    return d_scale * score * length_scores  # (B,)
+
+
+def ema(average, value, decay):
+    """The exponential moving average after `value`; a first value (average None) starts it."""
+    return value if average is None else decay * average + (1 - decay) * value
+
+
+def advantages(rewards, baseline, scale=None):
+    """rewards (B,) minus the baseline from before the batch, divided by a standard deviation where one is given: (B,)."""
+    advantage = rewards - baseline  # (B,)
+    return advantage if scale is None else advantage / (scale + 1e-8)
+
+
+def policy_loss(logp, kl, advantage, kl_coef, num_positions):
+    """REINFORCE with an exact KL penalty: sum of -advantage * logp + kl_coef * kl, over a constant.
+
+    logp, kl, advantage: (N,), one entry for each sampled position. num_positions: batch_size * (reasoning_tokens +
+    completion_tokens); a constant, so that long and short completions weigh alike (Dr. GRPO, arXiv 2503.20783).
+    """
+    return (-advantage * logp + kl_coef * kl).sum() / num_positions

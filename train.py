@@ -1,0 +1,350 @@
+"""
+Teach a language model to write like a corpus by making it fool its own discriminator.
+
+One base model plays both players through rsLoRA adapters. Each step: sample a completion for each prefix, pay the
+generator for being taken for real (and for the right length), step the generator, step the discriminator.
+
+What differs from textbook REINFORCE and textbook GANs:
+1) The generator thinks first, within a budget; thinking and completion are trained by the same reward.
+2) No ratio, no clipping: one update a batch, exactly on the policy that sampled it, so the ratio is 1.
+3) The KL to the base model is exact over the vocabulary at every sampled position, in the loss, not in the reward.
+4) The baseline is a moving average of batch rewards, its value from before the batch.
+5) Real and generated text reach the discriminator tokenised alike and cut to the same number of tokens.
+
+    python train.py --preset demo                           # embedded model and corpus, no GPU, minutes
+    python train.py                                         # the write-up's run 05: Qwen3-8B on the Pile, one GPU
+    python train.py --quant nf4 --micro_batch 1             # the same on a card of 24 GB
+    python train.py --data my.jsonl --model some/folder     # your texts, your model
+    python train.py --resume out/demo-1                     # go on where a run stopped
+"""
+import argparse
+
+from flags import Parser, UserError, check
+
+# -----------------------------------------------------------------------------
+# flags; the defaults are the write-up's run 05, a preset only changes defaults
+DEMO = dict(model="demo", data="demo", device="cpu", dtype="fp32", adapters="separate", rank=16, alpha=4.0, prefix_tokens=48,
+            reasoning_tokens=12, completion_tokens=48, batch_size=64, num_steps=30, g_lr=2e-3, d_lr=3e-3, d_scale=1.0, kl_coef=0.02,
+            g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=10, featurizer="base", save_every=10)
+parser = Parser(__doc__)
+add = parser.add_argument
+add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults; any flag still wins")
+# model
+add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM; demo and demo-small are embedded")
+add("--quant", choices=["none", "nf4", "int8"], default="none", help="quantise the base model (bitsandbytes)")
+add("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of weights, or of computation where quantised")
+add("--adapters", choices=["shared", "separate"], default="shared", help="one adapter for both players, or one each")
+add("--rank", type=int, default=64, help="of the rsLoRA adapters")
+add("--alpha", type=float, default=8.0, help="of the rsLoRA adapters; their scale is alpha / sqrt(rank)")
+# data
+add("--data", default="pile", help="pile, demo, or a path: .jsonl[.gz|.zst], .parquet, .txt, a folder of these")
+add("--text_field", default="text", help="field or column that holds the text")
+add("--prefix_tokens", type=int, default=None, help="tokens of the prefix (unset: as completion_tokens)")
+add("--reasoning_tokens", type=int, default=256, help="most tokens of thinking (0: none)")
+add("--completion_tokens", type=int, default=256, help="most tokens of the completion")
+add("--echo_tokens", type=int, default=16, help="extra tokens, and most words, for the prompt's echo, which is cut off (0: off)")
+add("--temperature", type=float, default=1.0, help="of sampling, and so of the log-probs (0: greedy, for a look)")
+# players
+add("--batch_size", type=int, default=4, help="sequences a step")
+add("--micro_batch", type=int, default=0, help="sequences a forward pass of the updates; same gradient, less memory (0: all)")
+add("--num_steps", type=int, default=1600, help="steps of the run; the learning rates fall linearly to 0 over them")
+add("--g_lr", type=float, default=3e-5, help="generator's learning rate (0: it does not learn)")
+add("--d_lr", type=float, default=2e-4, help="discriminator's learning rate (0: it does not learn)")
+add("--beta1", type=float, default=0.95, help="of both Adams")
+add("--beta2", type=float, default=0.95, help="of both Adams")
+add("--grad_clip", type=float, default=1.0, help="largest gradient norm of an update")
+add("--g_reward", choices=["prob", "neglog"], default="prob", help="d_scale * p_real * length_score, or -log(1 - p_real) in its place")
+add("--d_scale", type=float, default=30.0, help="factor of the reward, against the KL")
+add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the base (0: no reference pass)")
+add("--ema_decay", type=float, default=0.9, help="of the baseline")
+add("--adv_norm", action="store_true", help="divide advantages by a running standard deviation")
+add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy a text, or Bradley-Terry a pair")
+add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator's loss, the other reading of d-scale")
+add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last token's state, or the completion's mean")
+add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
+add("--d_shuffle", action="store_true", help="control: the discriminator's labels are drawn by a coin")
+# run
+add("--floor_sequences", type=int, default=500, help="completions by the bare base model to compare with (0: no floor)")
+add("--featurizer", default="gpt2-large", help="of MAUVE: a model id, or base: the run's own base model")
+add("--seeds", type=int, default=5, help="seeds of MAUVE's k-means")
+add("--seed", type=int, default=0, help="of adapters, data and sampling")
+add("--device", default="cuda", help="cuda, cuda:1, cpu, ...")
+add("--out_dir", default=None, help="folder of the run (unset: out/<preset>-<next free number>)")
+add("--save_every", type=int, default=100, help="steps between checkpoints (0: only at the end)")
+add("--resume", default=None, help="folder of a run to go on with; needs no other flag")
+if parser.parse_args().preset == "demo":
+    parser.set_defaults(**DEMO)
+args = parser.parse_args()
+if args.resume:
+    from checkpoint import read_args
+    given = [word for word in parser.given() if word != "--resume"]
+    if given:
+        raise UserError(f"--resume goes on with the run's own flags; {' '.join(given)} would make it another run")
+    args = argparse.Namespace(**{**read_args(args.resume), "resume": args.resume})
+args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
+check(args)
+
+import hashlib
+import json
+import math
+import pathlib
+import resource
+import sys
+import time
+
+import torch
+
+from checkpoint import Signals, claim, provenance, restore, save
+from data import bos_ids, clip, plain_encoder, prompt_ids, windows
+from discriminator import Discriminator, discriminator_loss, pair_ids
+from evaluate import distinct, evaluate
+from model import TokenStats, adapter_parameters, add_adapters, causal_lm, hidden_states, load_model, pad, token_logps, without_adapters
+from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
+from rollout import COMPLETION, THINKING, rollout, rules, strip_echo
+
+# -----------------------------------------------------------------------------
+# seed, device, model, data
+B, R, C = args.batch_size, args.reasoning_tokens, args.completion_tokens
+if args.device.startswith("cuda") and not torch.cuda.is_available():
+    raise UserError(f"--device {args.device}: there is no GPU here; python train.py --preset demo needs none")
+torch.manual_seed(args.seed)
+model, tokenizer = load_model(args.model, args.quant, args.dtype, args.device)
+device = causal_lm(model).device
+encode, bos, rule = plain_encoder(tokenizer), bos_ids(tokenizer), rules(tokenizer, model)
+most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
+room = getattr(causal_lm(model).config, "max_position_embeddings", most)
+if most > room:
+    raise UserError(f"--model {args.model} has {room} positions and a sequence takes up to {most}; lower --prefix_tokens, "
+                    f"--reasoning_tokens, --completion_tokens or --echo_tokens")
+stream = windows(args.data, encode, args.prefix_tokens, C, args.seed, text_field=args.text_field)
+stream[0]  # a source without a usable text fails here
+
+# players: two adapters, or one in both roles
+G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
+model = add_adapters(model, sorted({G, D}, reverse=True), args.rank, args.alpha)
+head = Discriminator(causal_lm(model).config.hidden_size, args.d_pool).to(device)
+g_params = adapter_parameters(model, G)
+d_params = adapter_parameters(model, D) + list(head.parameters())
+
+# -----------------------------------------------------------------------------
+# everything the loop changes, besides the weights: saved and restored as this block
+g_optimizer = torch.optim.Adam(g_params, lr=args.g_lr, betas=(args.beta1, args.beta2))
+d_optimizer = torch.optim.Adam(d_params, lr=args.d_lr, betas=(args.beta1, args.beta2))
+modules, optimizers = {"head": head}, {"generator": g_optimizer, "discriminator": d_optimizer}
+loss_scale = 4096.0 if args.dtype == "fp16" else 1.0  # keeps small gradients above fp16's floor on their way through the base
+state = {"step": -args.d_warmup, "baseline": None, "variance": None, "seconds": 0.0}
+# sampling is keyed by (seed, step), windows by (seed, position): there is no other random state to save
+
+out_dir = pathlib.Path(args.resume) if args.resume else claim(args.out_dir, args.preset)
+if args.resume:
+    state = restore(out_dir, model, modules, optimizers)
+else:
+    (out_dir / "args.json").write_text(json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
+metrics, samples = (open(out_dir / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
+signals = Signals()
+print(f"{out_dir}: {args.model} on {device}, {sum(p.numel() for p in {*g_params, *d_params}):,} trained of "
+      f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+# -----------------------------------------------------------------------------
+# the loop's verbs
+
+def random_for(*key):
+    """A generator on the device, keyed by seed and purpose, so that a step can be sampled again."""
+    digest = hashlib.blake2b(repr((args.seed, *key)).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+
+def sample(batch, generator):
+    """A rollout for each window, and its completion as text, without the echo, cut to C tokens, with its length n."""
+    prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
+    roll = rollout(model, prompts, rule, R, C + args.echo_tokens, args.temperature, generator)
+    completions = []
+    for window, reply in zip(batch, roll.reply):
+        text = tokenizer.decode(reply, clean_up_tokenization_spaces=False).rstrip("\ufffd")  # a character cut in two
+        completions.append(clip(encode, window.prefix + window.sep, strip_echo(text, window.prefix, args.echo_tokens), C))
+    return roll, completions
+
+
+def record(step, window, roll, i, completion, n, reward=None, p_real=None):
+    """One line of rollouts.jsonl or floor.jsonl."""
+    return json.dumps(dict(
+        step=step, prefix=window.prefix, truth=window.truth, think=tokenizer.decode(roll.think[i]), completion=completion,
+        reward=reward, p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
+        think_closed=bool(roll.think_closed[i])), ensure_ascii=False) + "\n"
+
+
+def judge(texts):
+    """The discriminator's logits (B, 2) for texts of (ids, mask of the completion)."""
+    ids, mask = (pad(part, 0, device, kind) for part, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T)
+    return head(hidden_states(model, ids), mask)
+
+
+def sampled_hidden(roll, rows):
+    """States that predict the sampled tokens of some rows: (N, H)."""
+    return hidden_states(model, roll.ids[rows])[:, :-1][roll.sampled[rows, 1:]]
+
+
+def sampled_stats(roll, rows, ref_hidden):
+    """TokenStats of the sampled tokens of some rows under the active adapter."""
+    mask = roll.sampled[rows]  # (b, T)
+    kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
+    return token_logps(model, sampled_hidden(roll, rows), roll.ids[rows][mask], rule.blocked, kind, ref_hidden, args.temperature or 1.0)
+
+
+def kl_now(roll, parts):
+    """Mean KL to the base on sequences that were sampled before a step, after it."""
+    model.set_adapter(G)
+    with torch.no_grad():
+        return torch.cat([sampled_stats(roll, rows, ref_hidden).kl for rows, ref_hidden, _ in parts]).mean().item()
+
+
+def update(optimizer, lr):
+    """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
+    (group,) = optimizer.param_groups
+    for p in group["params"]:
+        if p.grad is not None:
+            p.grad /= loss_scale
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], args.grad_clip).item()
+    group["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm if math.isfinite(norm) else None
+
+
+def micro_batches(rows):
+    """Lists of at most --micro_batch row numbers."""
+    size = args.micro_batch or B
+    return [list(rows)[first:first + size] for first in range(0, len(rows), size)]
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def memory_gb(device):
+    """Most memory used so far: of the GPU, or of this process, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# -----------------------------------------------------------------------------
+# the floor: what the bare base model writes for the very prefixes that the run will end with
+total, floor = args.num_steps * B, out_dir / "floor.jsonl"
+if args.floor_sequences and not floor.exists():
+    lines = []
+    for first in range(total - args.floor_sequences, total, B):
+        batch = [stream[position] for position in range(first, min(first + B, total))]
+        with without_adapters(model):
+            roll, completions = sample(batch, random_for("floor", first))
+        lines += [record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch))]
+        print(f"floor {len(lines)}/{args.floor_sequences}", flush=True)
+        if signals.stop:
+            raise SystemExit(128 + signals.stop)
+    floor.with_suffix(".partial").write_text("".join(lines), encoding="utf-8")
+    floor.with_suffix(".partial").rename(floor)
+
+# -----------------------------------------------------------------------------
+# the loop; steps below 0 are the warm-up, in which only the discriminator learns
+started, seconds_before, first_step = time.time(), state["seconds"], state["step"]
+for step in range(first_step, args.num_steps):
+    t0, row = time.time(), {"step": step}
+    lr_factor = 1 - max(step, 0) / args.num_steps
+
+    # sample; the warm-up's windows lie behind those of the run
+    first = step * B if step >= 0 else total + (step + args.d_warmup) * B
+    batch = [stream[position] for position in range(first, first + B)]
+    model.set_adapter(G)
+    roll, completions = sample(batch, random_for("rollout", step))
+    t1 = time.time()
+
+    # reward: what the discriminator, as it stands, makes of the completions; an empty one earns 0 and is not shown
+    model.set_adapter(D)
+    pairs = [pair_ids(encode, bos, *window, text) for window, (text, _) in zip(batch, completions)]
+    shown = [i for i, pair in enumerate(pairs) if pair]
+    logits = torch.zeros(B, 2, device=device)  # (B, 2)
+    with torch.no_grad():
+        for rows in micro_batches(shown):
+            logits[rows] = judge([pairs[i][1] for i in rows])
+    lengths = torch.tensor([length_score(n, C) for _, n in completions], device=device)  # (B,)
+    p_real = logits.softmax(-1)[:, REAL]  # (B,)
+    reward = generator_reward(logits, lengths, args.g_reward, args.d_scale)  # (B,)
+
+    # generator step: REINFORCE against the baseline from before this batch, and the KL to the base
+    if step >= 0:
+        model.set_adapter(G)
+        mean, variance = reward.mean().item(), reward.var(correction=0).item()
+        baseline, spread = (now if state[key] is None else state[key] for key, now in (("baseline", mean), ("variance", variance)))
+        advantage = advantages(reward, baseline, spread ** 0.5 if args.adv_norm else None)  # (B,)
+        state["baseline"], state["variance"] = ema(state["baseline"], mean, args.ema_decay), ema(state["variance"], variance, args.ema_decay)
+        parts, g_loss = [], 0.0
+        for rows in micro_batches(range(B)):
+            with torch.no_grad(), without_adapters(model):
+                ref_hidden = sampled_hidden(roll, rows) if args.kl_coef else None  # (N, H)
+            stats = sampled_stats(roll, rows, ref_hidden)
+            each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
+            loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))
+            (loss * loss_scale).backward()
+            g_loss += loss.item()
+            parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))
+        g_grad_norm = update(g_optimizer, args.g_lr * lr_factor)
+        kl_after_g = kl_now(roll, parts) if G == D and args.kl_coef else None
+
+    # discriminator step: the real and the generated text of every prefix, in one batch
+    model.set_adapter(D)
+    d_loss, right = 0.0, torch.zeros(2)
+    for rows in micro_batches(shown):
+        labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
+        taught = labels[torch.randperm(len(labels), generator=random_for("shuffle", step), device=device)] if args.d_shuffle else labels
+        logits = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
+        loss = args.d_loss_scale * discriminator_loss(logits, taught, args.d_loss) * len(rows) / len(shown)
+        (loss * loss_scale).backward()
+        d_loss += loss.item()
+        right += (logits.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
+    d_grad_norm = update(d_optimizer, args.d_lr * lr_factor)
+    d_acc_real, d_acc_generated = (right / max(len(shown), 1)).tolist()
+    t2 = time.time()
+
+    # log
+    speed = f"{t2 - t0:.1f} s/step, {clock((t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1))} left"
+    if step >= 0:
+        stats = TokenStats(*map(torch.cat, zip(*(stats for _, _, stats in parts))))  # (N,) each
+        written = ~roll.thinking[roll.sampled]  # (N,) of the completion
+        num_sampled = len(written)
+        row = dict(
+            step=step, reward=mean, p_real=p_real[shown].mean().item() if shown else None, length_score=lengths.mean().item(),
+            baseline=baseline, advantage_sd=advantage.std(correction=0).item(), g_loss=g_loss,
+            kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g,
+            kl_after_d=kl_now(roll, parts) if G == D and args.kl_coef else None, entropy=stats.entropy.mean().item(),
+            logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(), d_loss=d_loss, d_acc_real=d_acc_real,
+            d_acc_generated=d_acc_generated, g_grad_norm=g_grad_norm, d_grad_norm=d_grad_norm, g_lr=args.g_lr * lr_factor,
+            d_lr=args.d_lr * lr_factor, think_closed=roll.think_closed.float().mean().item(), num_think=sum(map(len, roll.think)) / B,
+            num_completion=sum(n for _, n in completions) / B, distinct_2=distinct(roll.reply, 2),
+            coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
+            skipped=[g_grad_norm, d_grad_norm].count(None), seconds=time.time() - t0, sample_seconds=t1 - t0, update_seconds=t2 - t1,
+            tokens_per_second=num_sampled / (t2 - t0), memory_gb=memory_gb(device))
+        metrics.write(json.dumps(row) + "\n")
+        samples.writelines(record(step, batch[i], roll, i, *completions[i], reward[i].item(), p_real[i].item() if i in shown else None)
+                           for i in range(B))
+        print(f"step {step + 1}/{args.num_steps} | reward {mean:.3f} | p_real {row['p_real'] or 0:.2f} | length {row['length_score']:.2f} | "
+              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
+    else:
+        print(f"warm-up {step + args.d_warmup + 1}/{args.d_warmup} | p_real {p_real.mean().item():.2f} | d_loss {d_loss:.3f} | "
+              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | {speed}", flush=True)
+
+    # save
+    state["step"], state["seconds"] = step + 1, seconds_before + time.time() - started
+    if signals.stop or step + 1 == args.num_steps or args.save_every and (step + 1) % args.save_every == 0:
+        save(out_dir, model, modules, optimizers, state, [metrics, samples])
+    if signals.stop:
+        print(f"stopped after step {step + 1}; go on with: python train.py --resume {out_dir}")
+        raise SystemExit(128 + signals.stop)
+
+# -----------------------------------------------------------------------------
+# MAUVE of what was written, beside the floor and a ceiling
+metrics.close(), samples.close()
+result = evaluate(out_dir, args.featurizer, args.seeds, model, tokenizer, args.device)
+result.update(num_steps=args.num_steps, seconds=round(state["seconds"], 1))
+(out_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
