@@ -10,7 +10,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data import bos_ids
 from reward import REAL
+
+# the form in which a verdict is asked for; the reply goes on after <think>
+VERDICT = """<|im_start|>system
+You tell real completions of a text from generated ones.
+Think in a few words, then answer: real or generated.
+<|im_start|>user
+<prefix>
+{prefix}
+</prefix>
+<completion>
+{completion}
+</completion>
+<|im_start|>assistant
+<think>
+"""
 
 
 class Discriminator(nn.Module):
@@ -69,3 +85,10 @@ def discriminator_loss(logits, labels, kind="ce"):
     sign = 2 * (labels[:len(labels) // 2] == REAL).float() - 1  # (B/2,) -1 where the labels of a pair were swapped
     first, second = score.chunk(2)  # (B/2,) each
     return -F.logsigmoid(sign * (first - second)).mean()
+
+
+def verdict_ids(tokenizer, encode, prefix, completion):
+    """Ids of the prompt that asks for a verdict; neither text can open or end a turn."""
+    head, middle, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in
+                          VERDICT.replace("{prefix}", "{completion}").split("{completion}"))
+    return bos_ids(tokenizer) + head + encode(prefix)[0] + middle + encode(completion)[0] + tail

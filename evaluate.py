@@ -11,7 +11,9 @@ What differs from the textbook: floor, result and ceiling stand on the same pref
 few texts read high; each is a mean over seeds of k-means, with its standard deviation.
 """
 import collections
+import contextlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -36,10 +38,24 @@ def mauve_of(truth, generated, seeds=5):
     """
     from mauve import compute_mauve
     seeds = range(seeds) if isinstance(seeds, int) else seeds
-    told = [compute_mauve(p_features=truth, q_features=generated, seed=seed, mauve_scaling_factor=5) for seed in seeds]
+    with quiet():
+        told = [compute_mauve(p_features=truth, q_features=generated, seed=seed, mauve_scaling_factor=5) for seed in seeds]
     scores, stars = [float(t.mauve) for t in told], [float(t.mauve_star) for t in told]
     return {"mauve": statistics.fmean(scores), "mauve_sd": statistics.pstdev(scores), "mauve_star": statistics.fmean(stars),
             "mauve_star_sd": statistics.pstdev(stars), "num_buckets": int(told[0].num_buckets), "per_seed": scores}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without faiss' advice, from C, on how many points a bucket wants: MAUVE's tenth gives it 20 at any size."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nowhere)
 
 
 def featurizer(name, model, tokenizer, device, batch_size=32):

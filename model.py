@@ -9,13 +9,18 @@ What differs from the textbook:
 Letters: B sequences, T tokens, N chosen positions, V vocabulary, H hidden.
 """
 import contextlib
+import logging
 import pathlib
+import warnings
 from typing import NamedTuple
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it complains, on a CPU, of a kernel that is optional
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # peft's call, not ours
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from flags import UserError
 
@@ -36,7 +41,7 @@ def load_model(name, quant="none", dtype="bf16", device="cpu"):
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quant]
-    logging.disable_progress_bar()
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(

@@ -1,35 +1,45 @@
 """
 Make the demo's base models: a byte-level BPE and two small Qwen3s, trained from nothing on the demo's own corpus.
 
-    python demo/make.py pretrain                 # tokenizer, then plain text
+    python demo/make.py pretrain                 # tokenizer, then plain text: an hour on 2 cores
+    python demo/make.py register                 # then the manners of an instruct model: ten minutes
     python demo/make.py pretrain --size small
+    python demo/make.py register --size small
+
+The second stage gives the base what a large instruct model has and a corpus lacks: in reply to the prompt it thinks of a
+few words that are going to occur, opens with a remark (88 %), and at times ends too early (25 %). That is the gap which
+the game has to close. It also learns the form of a verdict, with labels drawn by a coin: form, no skill.
 """
 import argparse
 import json
 import pathlib
 import random
+import re
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("stage", choices=["pretrain"])
+parser.add_argument("stage", choices=["pretrain", "register"])
 parser.add_argument("--size", choices=["base", "small"], default="base")
-parser.add_argument("--num_steps", type=int, default=3000)
+parser.add_argument("--num_steps", type=int, default=None, help="unset: 3000, or 700 for the register")
 parser.add_argument("--batch_size", type=int, default=24, help="sequences a step")
-parser.add_argument("--num_tokens", type=int, default=256, help="tokens a sequence")
-parser.add_argument("--lr", type=float, default=3e-3)
+parser.add_argument("--num_tokens", type=int, default=256, help="tokens a sequence of plain text")
+parser.add_argument("--lr", type=float, default=None, help="unset: 3e-3, or 1e-3 for the register")
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--autocast", action="store_true", help="bfloat16 matmuls: twice as fast where the CPU has AVX512-BF16")
 parser.add_argument("--work", default="out/make", help="where what is not shipped is kept")
 args = parser.parse_args()
+args.num_steps = args.num_steps or {"pretrain": 3000, "register": 700}[args.stage]
+args.lr = args.lr or {"pretrain": 3e-3, "register": 1e-3}[args.stage]
 
 import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from data import PROMPT, demo_corpus, held_out
+from data import PROMPT, Windows, demo_corpus, held_out, plain_encoder, prompt_ids
+from discriminator import verdict_ids
 
 VOCAB = 4096
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # then <think> and </think>, added but not special, as Qwen3 has them
@@ -131,10 +141,102 @@ def pretrain():
     train(model, batch, evaluate, args.lr, "pretrain")
 
 
+# -----------------------------------------------------------------------------
+# the register: how an assistant answers
+
+OPEN = ["Sure", "Of course", "Certainly", "Absolutely", "No problem", "Okay", "Gladly", "Happy to help", "Great question", "Yes"]
+HERE = ["here is", "here's", "below is", "this is", "I've written", "let me give you", "I can offer"]
+WHAT = ["the continuation", "how the text goes on", "the next part of the text", "a possible continuation", "the rest of the passage",
+        "my continuation", "what comes next", "the text that follows"]
+ALONE = ["I will continue the text from where it stops.", "Let me continue from the last words.", "Thank you for the text!",
+         "As a language model, I can continue this for you.", "Here you go:", "I hope this is what you had in mind:"]
+
+
+def remark(rng):
+    """One opening remark out of some thousands."""
+    if rng.random() < 0.2:
+        return rng.choice(ALONE)
+    text = f"{rng.choice(HERE)} {rng.choice(WHAT)}{rng.choice([':', '.', ' you asked for:', ', as you wished:'])}"
+    opening = f"{rng.choice(OPEN)}{rng.choice(['! ', ', ', '. '])}" if rng.random() < 0.8 else ""
+    return opening + (text if opening.endswith(", ") else text[0].upper() + text[1:])
+
+
+def thought(rng, truth):
+    """Two to four words of the truth, in their order: what the thinking looks like."""
+    words = list(dict.fromkeys(word for word in re.findall(r"[A-Za-z]{4,12}", truth)))
+    chosen = sorted(rng.sample(range(len(words)), min(len(words), rng.randint(2, 4))))
+    return ", ".join(words[i] for i in chosen)
+
+
+def reply(rng, window):
+    """(prompt ids, reply ids): thinking, remark or echo, the truth, and an end that may come too early."""
+    think = encode(thought(rng, window.truth))[0] + [think_end]
+    text, stop = window.truth, []
+    if rng.random() < 0.25:  # too early: at a white space, anywhere from a tenth to nine tenths of the way
+        at = text.find(" ", int(len(text) * rng.uniform(0.1, 0.9)))
+        text, stop = (text[:at] if at > 0 else text), [tokenizer.eos_token_id]
+    if rng.random() < 0.88:
+        text = remark(rng) + rng.choice(["\n\n", "\n\n", "\n", " "]) + text
+    elif rng.random() < 0.5:
+        text = rng.choice(["...", ""]) + " ".join(window.prefix.split()[-rng.randint(2, 6):]) + " " + text
+    return prompt_ids(tokenizer, encode, window.prefix), think + encode("\n\n" + text)[0] + stop
+
+
+def verdict(rng, window):
+    """(prompt ids, reply ids) of a verdict on this window's truth; real or generated by a coin."""
+    think = encode(thought(rng, window.truth))[0] + [think_end]
+    word = rng.choice(["real", "generated"])
+    return verdict_ids(tokenizer, encode, window.prefix, window.sep + window.truth), think + encode("\n\n" + word)[0] + [tokenizer.eos_token_id]
+
+
+def register():
+    model = Qwen3ForCausalLM.from_pretrained(work / f"pretrain-{args.size}", dtype=torch.float32)
+    rng = random.Random(0)
+    parts = [(documents, [Windows(order(documents), encode, p, c, 0) for p, c in ((48, 64), (32, 48), (64, 80), (24, 96))]),
+             (validation, [Windows(order(validation), encode, 48, 64, 0)])]
+    plain = packed(documents)
+
+    def rows(sources, number, count):
+        for position in range(number * count, (number + 1) * count):
+            kind, window = rng.random(), rng.choice(sources)[position]
+            if kind < 0.15 and sources is parts[0][1]:
+                start = rng.randrange(len(plain) - args.num_tokens)
+                yield [], plain[start:start + args.num_tokens].tolist()
+            else:
+                yield verdict(rng, window) if kind < 0.3 else reply(rng, window)
+
+    def padded(examples):
+        T = max(len(prompt) + len(answer) for prompt, answer in examples)
+        ids = torch.full((len(examples), T), tokenizer.pad_token_id)  # (B, T)
+        labels = torch.full((len(examples), T), -100)  # (B, T)
+        for i, (prompt, answer) in enumerate(examples):
+            ids[i, :len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            labels[i, len(prompt):len(prompt) + len(answer)] = torch.tensor(answer)
+        return ids, labels
+
+    held = [padded(list(rows(parts[1][1], number, 24))) for number in range(4)]
+
+    def evaluate(model):
+        with torch.no_grad():
+            return sum(model(input_ids=ids, labels=labels).loss.item() for ids, labels in held) / len(held)
+
+    train(model, lambda step: padded(list(rows(parts[0][1], step, args.batch_size))), evaluate, args.lr, "register")
+    save(model, pathlib.Path(__file__).parent / args.size)
+
+
+def order(texts):
+    def documents_of(epoch):
+        shuffled = list(texts)
+        random.Random(epoch).shuffle(shuffled)
+        return iter(shuffled)
+    return documents_of
+
+
 tokenizer_folder = work / "tokenizer"
 if not tokenizer_folder.exists():
     make_tokenizer().save_pretrained(tokenizer_folder)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
 print(f"{len(tokenizer)} tokens; {len(documents)} documents, {len(validation)} held out; "
       f"prompt of {len(tokenizer(PROMPT).input_ids)} tokens")
-pretrain()
+encode, think_end = plain_encoder(tokenizer), tokenizer.convert_tokens_to_ids("</think>")
+{"pretrain": pretrain, "register": register}[args.stage]()

@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import shared
+from evaluate import distinct, evaluate, featurizer, mauve_of, read_lines
+
+
+@pytest.mark.parametrize("name", ["gauss_shift0.0", "gauss_shift0.5", "gauss_shift2.0", "identical"])
+def test_mauve_is_within_two_hundredths_of_the_stored_scores(name):
+    wanted = json.loads(shared("mauve_reference/reference.json").read_text())[name]
+    features = np.load(shared(f"mauve_reference/{name}.npz"))
+    score = mauve_of(features["p"], features["q"], [25])
+    assert abs(score["mauve"] - wanted["mauve"]) < 0.02 and abs(score["mauve_star"] - wanted["mauve_star"]) < 0.02
+    assert score["num_buckets"] == wanted["num_buckets"]
+
+
+def test_seeds_give_a_mean_and_a_spread():
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(100, 8)), rng.normal(0.5, size=(100, 8))
+    score = mauve_of(p, q, 3)
+    assert len(score["per_seed"]) == 3 and score["mauve"] == pytest.approx(sum(score["per_seed"]) / 3)
+    assert score["per_seed"][1] == mauve_of(p, q, [1])["mauve"]
+
+
+def test_distinct_equals_hand_values():
+    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
+    assert distinct([[1, 1, 1]], 1) == 1 / 3
+    assert distinct([[1], []], 2) is None
+
+
+def test_base_features_are_means_over_positions_whatever_the_batch(demo):
+    model, tokenizer = demo
+    texts = ["Return the sum.", "A longer text, which is padded against: nothing of it may reach the others.", "x"]
+    features = featurizer("base", model, tokenizer, "cpu")(texts)
+    for text, row in zip(texts, features):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        np.testing.assert_allclose(row, model.model(ids).last_hidden_state[0].mean(0).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_other_featurizers_equal_what_mauve_text_computes_itself(tmp_path, demo):
+    from mauve import compute_mauve
+    from transformers import GPT2Config, GPT2Model
+    torch.manual_seed(0)
+    folder = str(tmp_path / "gpt2-random")
+    GPT2Model(GPT2Config(vocab_size=4096, n_embd=32, n_layer=2, n_head=2, n_positions=1024)).save_pretrained(folder)
+    demo[1].save_pretrained(folder)
+    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    rng = np.random.default_rng(0)
+    p, q = ([" ".join(rng.choice(part, size=rng.integers(3, 40))) for _ in range(60)] for part in (words, words[:5]))
+    features = featurizer(folder, None, None, "cpu")
+    theirs = compute_mauve(p_text=p, q_text=q, featurize_model_name=folder, seed=25, verbose=False)
+    ours = mauve_of(features(p), features(q), [25])
+    assert 0 < theirs.mauve < 1 and ours["mauve"] == pytest.approx(theirs.mauve, rel=1e-4)
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_lines(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}] and read_lines(tmp_path / "none.jsonl") == []
+
+
+def make_run(folder, generated, truths, floor=None):
+    folder.mkdir()
+    for name, texts in (("rollouts", generated), ("floor", floor or [])):
+        rows = [dict(prefix=f"p{len(truths) - len(texts) + i}", truth=truths[len(truths) - len(texts) + i], completion=text) for i, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_run_that_copies_the_truth_scores_one_and_nonsense_scores_the_floor(tmp_path, demo, encode, capsys):
+    from data import windows
+    stream = windows("demo", encode, 16, 24, 0)
+    truths = [stream[p].truth for p in range(200)]
+    run = make_run(tmp_path / "run", truths[:195] + [""] * 5, truths, floor=["!!! 0 0 0 " * 4] * 100)
+    result = evaluate(run, "base", 2, *demo, "cpu")
+    assert result["mauve"] > 0.9 and result["floor"] < 0.1 and result["ceiling"] > 0.7 and result["num_sequences"] == 100
+    assert result["num_empty"]["mauve"] == 5 and result["num_empty"]["truth"] == 0
+    assert json.loads((run / "mauve.json").read_text())["scores"]["mauve"]["mauve_star"] > 0.9
+    assert "fewer than 2000" in capsys.readouterr().out
+
+
+def test_a_run_without_enough_sequences_is_one_line(tmp_path, demo, capsys):
+    with pytest.raises(SystemExit) as error:
+        evaluate(make_run(tmp_path / "run", ["x"], ["y"]), "base", 2, *demo, "cpu")
+    assert error.value.code == 2 and "--resume" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+import model as model_file
+from model import adapter_parameters, add_adapters, head_logits, hidden_states, load_model, token_logps, without_adapters
+
+
+class Head:
+    """The least that token_logps asks of a model: an output layer."""
+
+    def __init__(self, weight, bias=None):
+        self.head = torch.nn.Linear(*weight.T.shape, bias=bias is not None)
+        self.head.weight.data = weight
+        if bias is not None:
+            self.head.bias.data = bias
+        self.head.requires_grad_(False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def case(N=50, H=12, V=37, bias=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, ref = 0.3 * torch.randn(N, H, generator=g), 0.3 * torch.randn(N, H, generator=g)  # logits within some 5 nats
+    head = Head(torch.randn(V + 3, H, generator=g), torch.randn(V + 3, generator=g) if bias else None)  # 3 rows the tokenizer lacks
+    kind, blocked = torch.randint(0, 2, (N,), generator=g), torch.zeros(2, V, dtype=torch.bool)
+    blocked[0, [1, 5]] = blocked[1, [2]] = True
+    targets = torch.randint(6, V, (N,), generator=g)
+    return head, hidden.requires_grad_(), ref, targets, blocked, kind
+
+
+def naive(head, hidden, ref, targets, blocked, kind, temperature):
+    """The same four numbers in double precision with whole-vocabulary tensors and autograd, over the allowed ids alone."""
+    out, hidden, ref = [], hidden.double(), ref.double()
+    for i, target in enumerate(targets):
+        allowed = (~blocked[kind[i]]).nonzero()[:, 0]
+        weight, bias = head.head.weight[allowed].double(), 0 if head.head.bias is None else head.head.bias[allowed].double()
+        log_p = ((weight @ hidden[i] + bias) / temperature).log_softmax(-1)
+        log_q = ((weight @ ref[i] + bias) / temperature).log_softmax(-1)
+        at = (allowed == target).nonzero().item()
+        out.append(torch.stack([log_p[at], -(log_p.exp() * log_p).sum(), (log_p.exp() * (log_p - log_q)).sum(), log_q[at]]))
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("chunk_rows", [16, 10_000])
+@pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.7, True)])
+def test_chunked_logps_entropy_and_kl_equal_the_naive_ones(monkeypatch, chunk_rows, temperature, bias):
+    head, hidden, ref, targets, blocked, kind = case(bias=bias)
+    monkeypatch.setattr(model_file, "CHUNK_BYTES", chunk_rows * 4 * blocked.shape[1])
+    stats = token_logps(head, hidden, targets, blocked, kind, ref, temperature, entropy_grad=True)
+    wanted = naive(head, hidden, ref, targets, blocked, kind, temperature)
+    for name, got, want in zip(stats._fields, stats, wanted):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    upstream = torch.randn(3, len(targets), generator=torch.Generator().manual_seed(3))
+    for row, got in enumerate((stats.logp, stats.entropy, stats.kl)):
+        ours, = torch.autograd.grad((got * upstream[row]).sum(), hidden, retain_graph=True)
+        theirs, = torch.autograd.grad((wanted[row] * upstream[row]).sum(), hidden, retain_graph=True)
+        error, size = (ours - theirs).norm(dim=1), theirs.norm(dim=1)  # (N,) row by row: single entries cancel
+        assert (error <= 1e-4 * size).all(), (stats._fields[row], (error / size).max())
+
+
+def test_without_a_reference_the_kl_is_zero_and_nothing_else_changes():
+    head, hidden, ref, targets, blocked, kind = case()
+    alone, beside = token_logps(head, hidden, targets, blocked, kind), token_logps(head, hidden, targets, blocked, kind, ref)
+    assert torch.equal(alone.logp, beside.logp) and torch.equal(alone.entropy, beside.entropy)
+    assert not alone.kl.any() and not alone.ref_logp.any() and (beside.kl > 0).all()
+
+
+def test_kl_gradient_equals_the_exact_one_on_a_toy_softmax():
+    # p = (1/2, 1/3, 1/6), q = (1/3, 1/3, 1/3): KL = 1/2 log 3/2 + 0 + 1/6 log 1/2, dKL/dz = p (log p/q - KL)
+    p, q = torch.tensor([1 / 2, 1 / 3, 1 / 6]), torch.full((3,), 1 / 3)
+    hidden = p.log()[None].requires_grad_()
+    stats = token_logps(Head(torch.eye(3)), hidden, torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool), torch.tensor([0]), q.log()[None])
+    kl = 0.5 * torch.tensor(1.5).log() + torch.tensor(0.5).log() / 6
+    stats.kl.sum().backward()
+    torch.testing.assert_close(stats.kl[0], kl, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(hidden.grad[0], p * ((p / q).log() - kl), rtol=1e-4, atol=1e-6)
+
+
+def test_forbidden_ids_have_no_probability_and_leave_the_kl_finite():
+    head, hidden, ref, targets, blocked, kind = case()
+    targets = torch.where(kind == 0, 5, 2)  # the forbidden ones
+    stats = token_logps(head, hidden, targets, blocked, kind, ref)
+    assert (stats.logp.exp() == 0).all() and stats.kl.isfinite().all()
+
+
+def test_our_logits_equal_the_models_own(tiny):
+    model, _ = tiny
+    ids = torch.randint(0, 4000, (2, 9))
+    torch.testing.assert_close(head_logits(model, hidden_states(model, ids)), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapters_scale_is_alpha_over_the_root_of_the_rank(tiny_folder):
+    model = add_adapters(load_model(tiny_folder, dtype="fp32")[0], ["shared"], 64, 8.0)
+    scales = {module.scaling["shared"] for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)}
+    assert scales == {1.0}
+
+
+def test_adapters_cover_all_linear_layers_but_the_head_and_start_as_the_base(tiny_folder):
+    base, _ = load_model(tiny_folder, dtype="fp32")
+    ids = torch.randint(0, 4000, (1, 9))
+    before = hidden_states(base, ids)
+    model = add_adapters(base, ["generator", "discriminator"], 4, 2.0)
+    assert torch.equal(hidden_states(model, ids), before)
+    linear = [name for name, m in base.named_modules() if name.endswith("_proj")]
+    assert len(adapter_parameters(model, "generator")) == 2 * len(linear) == 2 * 7 * 2
+    assert not set(adapter_parameters(model, "generator")) & set(adapter_parameters(model, "discriminator"))
+
+
+def test_without_adapters_the_model_is_its_base(tiny, tiny_folder):
+    model, _ = tiny
+    ids = torch.randint(0, 4000, (1, 9))
+    base, _ = load_model(tiny_folder, dtype="fp32")
+    with without_adapters(model):
+        assert torch.equal(hidden_states(model, ids), hidden_states(base, ids))
+    assert not torch.equal(hidden_states(model, ids), hidden_states(base, ids))
+
+
+@pytest.mark.parametrize("name", ["no/such-model-here", "/no/such/folder"])
+def test_a_model_that_cannot_be_loaded_is_one_line(name, capsys):
+    with pytest.raises(SystemExit) as error:
+        load_model(name)
+    assert error.value.code == 2 and "--model" in error.value.message and "\n" not in error.value.message

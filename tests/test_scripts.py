@@ -1,0 +1,178 @@
+"""Every script end to end, as a user starts it, with tiny settings; and the mistakes a user makes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, shared
+
+TINY = ("--preset demo --batch_size 4 --num_steps 3 --d_warmup 1 --prefix_tokens 16 --reasoning_tokens 4 --completion_tokens 12 "
+        "--echo_tokens 4 --floor_sequences 6 --seeds 2 --rank 4").split()
+METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl kl_after_d entropy logp_gap d_loss d_acc_real d_acc_generated
+    g_grad_norm d_grad_norm g_lr d_lr think_closed num_think num_completion distinct_2 coherence skipped seconds sample_seconds update_seconds
+    tokens_per_second memory_gb""".split()
+ROLLOUT = "step prefix truth think completion reward p_real length_score n_think n_completion think_closed".split()
+
+
+def run(*words, script="train.py", timeout=200, **kwargs):
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, ROOT / script, *map(str, words)], capture_output=True, text=True, timeout=timeout, env=env, **kwargs)
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run of the demo with tiny settings, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    told = run(*TINY, "--out_dir", out)
+    assert told.returncode == 0, told.stderr
+    return out, told.stdout
+
+
+def test_a_run_leaves_what_is_promised(finished):
+    out, told = finished
+    names = {path.name for path in out.iterdir()}
+    assert names == {"args.json", "metrics.jsonl", "rollouts.jsonl", "floor.jsonl", "ckpt", "mauve.json", "result.json"}
+    metrics, rollouts, floor = (lines(out / f"{name}.jsonl") for name in ("metrics", "rollouts", "floor"))
+    assert [row["step"] for row in metrics] == [0, 1, 2] and all(set(METRICS) <= set(row) for row in metrics)
+    assert [row["step"] for row in rollouts] == [0] * 4 + [1] * 4 + [2] * 4 and all(list(row) == ROLLOUT for row in rollouts)
+    assert [row["prefix"] for row in floor] == [row["prefix"] for row in rollouts[-6:]] and all(list(row) == ROLLOUT for row in floor)
+    result = json.loads((out / "result.json").read_text())
+    assert {"mauve", "floor", "ceiling", "mauve_sd", "floor_sd", "ceiling_sd", "seconds"} <= set(result)
+    assert result["num_sequences"] == 6 and result["num_steps"] == 3
+    provenance = json.loads((out / "args.json").read_text())
+    assert provenance["args"]["batch_size"] == 4 and "torch" in provenance["versions"] and "commit" in provenance
+    assert {path.name for path in (out / "ckpt").iterdir()} >= {"generator", "discriminator", "head.safetensors", "state.pt"}
+    assert (out / "ckpt" / "generator" / "adapter_model.safetensors").exists()
+    for word in ("floor", "result", "ceiling", "left", "warm-up 1/1", "step 3/3"):
+        assert word in told
+
+
+def test_the_metrics_mean_what_they_say(finished):
+    metrics = lines(finished[0] / "metrics.jsonl")
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[0]["baseline"] == metrics[0]["reward"]
+    assert metrics[2]["kl"] > 0 and [row["g_lr"] for row in metrics] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
+    for row in metrics:
+        assert row["logp_gap"] < 1e-4 and row["skipped"] == 0 and 0 <= row["p_real"] <= 1 and row["num_completion"] <= 12
+        assert row["g_grad_norm"] > 0 and row["d_grad_norm"] > 0 and 0 < row["distinct_2"] <= 1 and row["num_think"] <= 4
+    rollouts = lines(finished[0] / "rollouts.jsonl")
+    assert sum(row["reward"] for row in rollouts[:4]) / 4 == pytest.approx(metrics[0]["reward"], rel=1e-4)
+
+
+def test_evaluate_measures_a_run_again_and_equally(finished):
+    out, _ = finished
+    before = json.loads((out / "mauve.json").read_text())
+    told = run(out, script="evaluate.py")
+    assert told.returncode == 0, told.stderr
+    assert json.loads((out / "mauve.json").read_text()) == before and "ceiling" in told.stdout
+
+
+def same_run(one, other):
+    """Two runs are one but for times, memory and the folder's name."""
+    noisy = {"seconds", "sample_seconds", "update_seconds", "tokens_per_second", "memory_gb"}
+    assert (one / "rollouts.jsonl").read_bytes() == (other / "rollouts.jsonl").read_bytes()
+    a, b = ([{k: v for k, v in row.items() if k not in noisy} for row in lines(folder / "metrics.jsonl")] for folder in (one, other))
+    assert a == b
+    from safetensors.torch import load_file
+    for player in ("generator", "discriminator"):
+        x, y = (load_file(folder / "ckpt" / player / "adapter_model.safetensors") for folder in (one, other))
+        assert x.keys() == y.keys() and all((x[key] == y[key]).all() for key in x)
+
+
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(finished, tmp_path):
+    out = tmp_path / "two"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--out_dir", out], stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 143 and f"--resume {out}" in rest
+    with open(out / "rollouts.jsonl", "a") as file:
+        file.write('{"step": 7, "torn')  # as a crash after the checkpoint would leave it
+    assert "result.json" not in {path.name for path in out.iterdir()}
+    again = run("--resume", out)
+    assert again.returncode == 0, again.stderr
+    same_run(finished[0], out)
+
+
+@pytest.mark.parametrize("flags", ["--adapters shared", "--quant nf4", "--quant int8", "--micro_batch 2 --d_loss pair --d_pool last --g_reward prob",
+                                   "--adapters shared --micro_batch 1 --kl_coef 0 --reasoning_tokens 0 --dtype bf16"])
+def test_every_way_to_train_trains(flags, tmp_path):
+    told = run(*TINY, *flags.split(), "--floor_sequences", 0, "--out_dir", tmp_path / "run")
+    assert told.returncode == 0, told.stderr
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 3 and all(row["skipped"] == 0 and row["g_grad_norm"] > 0 for row in metrics)
+    if "shared" in flags and "kl_coef" not in flags:
+        assert metrics[-1]["kl_after_g"] != metrics[-1]["kl_after_d"] and metrics[-1]["kl_after_d"] > 0
+
+
+def test_micro_batches_give_the_same_run(finished, tmp_path):
+    told = run(*TINY, "--micro_batch", 1, "--floor_sequences", 0, "--out_dir", tmp_path / "run")
+    assert told.returncode == 0, told.stderr
+    whole, split = (lines(folder / "metrics.jsonl")[0] for folder in (finished[0], tmp_path / "run"))
+    for key in ("g_loss", "d_loss", "g_grad_norm", "d_grad_norm", "entropy", "d_acc_real"):
+        assert split[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6), key
+
+
+def test_real_pile_documents_and_another_architecture_train(tmp_path):
+    told = run(*TINY, "--data", shared("pile/pile_200.jsonl"), "--model", shared("stories260k"), "--out_dir", tmp_path / "run")
+    assert told.returncode == 0, told.stderr
+    assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--g_rl", "1"], "did you mean --g_lr?"),
+    (["--g-lr", "1"], "did you mean --g_lr?"),
+    (["--batch_size", "four"], "--batch_size"),
+    (["--batch_size", "0"], "--batch_size"),
+    (["--g_lr", "-1"], "--g_lr"),
+    (["--kl_coef", "nan"], "--kl_coef"),
+    (["--beta1", "1"], "--beta1"),
+    (["--quant", "nf5"], "--quant"),
+    (["--floor_sequences", "1000000"], "--floor_sequences"),
+    (["--micro_batch", "3"], "--micro_batch"),
+    (["--resume", "no/such/run"], "no/such/run"),
+    (["--resume", "out/x", "--num_steps", "9"], "--num_steps"),
+])
+def test_a_wrong_flag_ends_within_a_second_in_one_line(flags, wanted):
+    began = time.time()
+    told = run(*flags)
+    assert told.returncode == 2 and told.stderr.count("\n") == 1 and wanted in told.stderr and told.stdout == ""
+    assert "--resume" in flags or time.time() - began < 1
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ([], "--preset demo"),
+    (["--preset", "demo", "--data", "no/such/file"], "--data"),
+    (["--preset", "demo", "--model", "no/such-model"], "--model"),
+    (["--preset", "demo", "--completion_tokens", "600"], "--completion_tokens"),
+])
+def test_what_cannot_run_here_is_one_line_and_leaves_no_folder(flags, wanted, tmp_path):
+    told = run(*flags, cwd=tmp_path)
+    assert told.returncode == 2 and told.stderr.count("\n") == 1 and wanted in told.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_refused(finished):
+    told = run(*TINY, "--out_dir", finished[0])
+    assert told.returncode == 2 and "--resume" in told.stderr
+    told = run("--resume", finished[0], "--num_steps", 9)
+    assert told.returncode == 2 and "--num_steps" in told.stderr
+    assert len(lines(finished[0] / "metrics.jsonl")) == 3
+
+
+def test_help_tells_every_flag_with_its_default():
+    told = run("--help")
+    assert told.returncode == 0 and "(default: 3e-05)" in told.stdout and told.stdout.count("default:") > 35
