@@ -5,7 +5,6 @@ Everything the loop changes, saved at once and restored; and the signals that as
 is written beside, then renamed; the previous one stays until the new one stands.
 """
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -15,10 +14,10 @@ import subprocess
 import sys
 
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from flags import UserError
+from model import load_adapters
 
 FORMAT = 1
 
@@ -62,9 +61,7 @@ def restore(out_dir, model, modules, optimizers):
     saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
     if saved["format"] != FORMAT:
         raise UserError(f"--resume {out_dir}: its checkpoint has format {saved['format']}, this version reads {FORMAT}")
-    for name in model.peft_config:
-        folder = ckpt / name if name != "default" else ckpt
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
+    load_adapters(model, ckpt)
     for name, module in modules.items():
         module.load_state_dict(load_file(ckpt / f"{name}.safetensors"))
     for name, optimizer in optimizers.items():
@@ -72,14 +69,6 @@ def restore(out_dir, model, modules, optimizers):
     for name, length in saved["lengths"].items():
         os.truncate(out_dir / name, length)
     return saved["state"]
-
-
-def read_args(out_dir):
-    """The flags a run was started with, from its args.json."""
-    try:
-        return json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{out_dir} holds no run: there is no readable args.json in it") from None
 
 
 def claim(out_dir, preset):

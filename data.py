@@ -33,7 +33,7 @@ PILE = "monology/pile-uncopyrighted"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 MAX_DOCUMENTS = 200_000   # a local corpus is read up to here and shuffled in memory
 LONG_DOCUMENT = 100_000   # characters; a longer document is read through a random slice of this length
-DEMO_PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub matplotlib mauve-text numpy pandas peft pyarrow "
+DEMO_PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub mauve-text numpy pandas peft pyarrow "
                  "safetensors scikit-learn scipy tokenizers torch tqdm transformers zstandard").split()
 
 # the write-up's prompt word for word (no <|im_end|> after the turns: so it stands there); the reply goes on after <think>

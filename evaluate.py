@@ -18,7 +18,7 @@ import pathlib
 import statistics
 import sys
 
-from flags import Parser, UserError
+from flags import Parser, UserError, read_args
 
 WINDOW = 2000  # the write-up's: the last 2000 generated sequences, with mauve-text's own seed
 LIBRARY_SEED = 25
@@ -176,7 +176,6 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (unset: as the run's)")
     flags = parser.parse_args()
 
-    from checkpoint import read_args
     run = read_args(flags.run)
     settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key) for key in ("featurizer", "seeds", "device")}
     if settings["seeds"] < 1:

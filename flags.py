@@ -4,7 +4,9 @@ Imports nothing heavy, so that a wrong flag fails before torch has loaded.
 """
 import argparse
 import difflib
+import json
 import math
+import pathlib
 import sys
 
 
@@ -46,15 +48,23 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     pass
 
 
+def read_args(out_dir):
+    """The flags a run was started with, from its args.json."""
+    try:
+        return json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{out_dir} holds no run: there is no readable args.json in it") from None
+
+
 def check(args):
     """Refuse flags out of range and combinations that cannot work, before anything heavy is imported. Pure."""
-    positive = ("rank alpha prefix_tokens completion_tokens batch_size num_steps g_reward d_scale grad_clip ema_decay seeds").split()
+    positive = "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale grad_clip seeds".split()
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} {value}: must be a finite number")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
             raise UserError(f"--{name} {value}: must not be negative")
-        if name in positive and not isinstance(value, str) and value == 0:
+        if name in positive and value == 0:
             raise UserError(f"--{name} 0: must be above 0")
     for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:

@@ -18,7 +18,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it complains, 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # peft's call, not ours
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -65,6 +66,12 @@ def add_adapters(model, names, rank, alpha):
     for name in names[1:]:
         model.add_adapter(name, config)
     return model
+
+
+def load_adapters(model, folder):
+    """Read every adapter's weights back from a folder that `model.save_pretrained` wrote."""
+    for name in model.peft_config:
+        set_peft_model_state_dict(model, load_file(pathlib.Path(folder) / name / "adapter_model.safetensors"), adapter_name=name)
 
 
 def adapter_parameters(model, name):

@@ -19,7 +19,7 @@ What differs from textbook REINFORCE and textbook GANs:
 """
 import argparse
 
-from flags import Parser, UserError, check
+from flags import Parser, UserError, check, read_args
 
 # -----------------------------------------------------------------------------
 # flags; the defaults are the write-up's run 05, a preset only changes defaults
@@ -76,7 +76,6 @@ if parser.parse_args().preset == "demo":
     parser.set_defaults(**DEMO)
 args = parser.parse_args()
 if args.resume:
-    from checkpoint import read_args
     given = [word for word in parser.given() if word != "--resume"]
     if given:
         raise UserError(f"--resume goes on with the run's own flags; {' '.join(given)} would make it another run")
@@ -93,6 +92,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import Signals, claim, provenance, restore, save
 from data import bos_ids, clip, plain_encoder, prompt_ids, windows
@@ -235,12 +235,11 @@ def memory_gb(device):
 total, floor = args.num_steps * B, out_dir / "floor.jsonl"
 if args.floor_sequences and not floor.exists():
     lines = []
-    for first in range(total - args.floor_sequences, total, B):
+    for first in tqdm(range(total - args.floor_sequences, total, B), desc="floor"):
         batch = [stream[position] for position in range(first, min(first + B, total))]
         with without_adapters(model):
             roll, completions = sample(batch, random_for("floor", first))
         lines += [record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch))]
-        print(f"floor {len(lines)}/{args.floor_sequences}", flush=True)
         if signals.stop:
             raise SystemExit(128 + signals.stop)
     floor.with_suffix(".partial").write_text("".join(lines), encoding="utf-8")

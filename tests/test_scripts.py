@@ -157,7 +157,7 @@ def test_a_wrong_flag_ends_within_a_second_in_one_line(flags, wanted):
     ([], "--preset demo"),
     (["--preset", "demo", "--data", "no/such/file"], "--data"),
     (["--preset", "demo", "--model", "no/such-model"], "--model"),
-    (["--preset", "demo", "--completion_tokens", "600"], "--completion_tokens"),
+    (["--preset", "demo", "--completion_tokens", "2000"], "--completion_tokens"),
 ])
 def test_what_cannot_run_here_is_one_line_and_leaves_no_folder(flags, wanted, tmp_path):
     told = run(*flags, cwd=tmp_path)
