@@ -76,15 +76,13 @@ def pair_ids(encode, bos, prefix, sep, truth, completion):
 
 
 def discriminator_loss(logits, labels, kind="ce"):
-    """Loss of logits (B, 2) for labels (B,). ce: mean cross-entropy. pair: Bradley-Terry on the two texts of a prefix
-    (GAD, arXiv 2511.10643), which wants the real ones in the first half and the generated ones of the same prefixes in the second.
+    """Loss of logits (B, 2). ce: mean cross-entropy with labels (B,). pair: Bradley-Terry on the two texts of a prefix (GAD,
+    arXiv 2511.10643), which takes the first half for the real ones and the second for the generated ones, in the same order.
     """
     if kind == "ce":
         return F.cross_entropy(logits, labels)
-    score = logits[:, REAL] - logits[:, 1 - REAL]  # (B,)
-    sign = 2 * (labels[:len(labels) // 2] == REAL).float() - 1  # (B/2,) -1 where the labels of a pair were swapped
-    first, second = score.chunk(2)  # (B/2,) each
-    return -F.logsigmoid(sign * (first - second)).mean()
+    real, generated = (logits[:, REAL] - logits[:, 1 - REAL]).chunk(2)  # (B/2,) each
+    return -F.logsigmoid(real - generated).mean()
 
 
 def verdict_ids(tokenizer, encode, prefix, completion):

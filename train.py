@@ -62,7 +62,7 @@ add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy a text
 add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator's loss, the other reading of d-scale")
 add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last token's state, or the completion's mean")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
-add("--d_shuffle", action="store_true", help="control: the discriminator's labels are drawn by a coin")
+add("--d_shuffle", action="store_true", help="control: the discriminator learns from shuffled labels")
 # run
 add("--floor_sequences", type=int, default=500, help="completions by the bare base model to compare with (0: no floor)")
 add("--featurizer", default="gpt2-large", help="of MAUVE: a model id, or base: the run's own base model")
@@ -249,7 +249,7 @@ if args.floor_sequences and not floor.exists():
 # the loop; steps below 0 are the warm-up, in which only the discriminator learns
 started, seconds_before, first_step = time.time(), state["seconds"], state["step"]
 for step in range(first_step, args.num_steps):
-    t0, row = time.time(), {"step": step}
+    t0 = time.time()
     lr_factor = 1 - max(step, 0) / args.num_steps
 
     # sample; the warm-up's windows lie behind those of the run
@@ -296,7 +296,7 @@ for step in range(first_step, args.num_steps):
     d_loss, right = 0.0, torch.zeros(2)
     for rows in micro_batches(shown):
         labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
-        taught = labels[torch.randperm(len(labels), generator=random_for("shuffle", step), device=device)] if args.d_shuffle else labels
+        taught = labels[torch.randperm(len(labels), generator=random_for("shuffle", step, rows[0]), device=device)] if args.d_shuffle else labels
         logits = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
         loss = args.d_loss_scale * discriminator_loss(logits, taught, args.d_loss) * len(rows) / len(shown)
         (loss * loss_scale).backward()
@@ -320,7 +320,7 @@ for step in range(first_step, args.num_steps):
             logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(), d_loss=d_loss, d_acc_real=d_acc_real,
             d_acc_generated=d_acc_generated, g_grad_norm=g_grad_norm, d_grad_norm=d_grad_norm, g_lr=args.g_lr * lr_factor,
             d_lr=args.d_lr * lr_factor, think_closed=roll.think_closed.float().mean().item(), num_think=sum(map(len, roll.think)) / B,
-            num_completion=sum(n for _, n in completions) / B, distinct_2=distinct(roll.reply, 2),
+            num_completion=sum(n for _, n in completions) / B, distinct_2=distinct([encode(text)[0] for text, _ in completions], 2),
             coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
             skipped=[g_grad_norm, d_grad_norm].count(None), seconds=time.time() - t0, sample_seconds=t1 - t0, update_seconds=t2 - t1,
             tokens_per_second=num_sampled / (t2 - t0), memory_gb=memory_gb(device))
