@@ -31,7 +31,7 @@ def save(out_dir, model, modules, optimizers, state, files):
     out_dir = pathlib.Path(out_dir)
     new, ckpt, old = out_dir / "ckpt.new", out_dir / "ckpt", out_dir / "ckpt.old"
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
+    model.save_pretrained(new, save_embedding_layers=False)  # no question to the hub whether embeddings changed
     for name, module in modules.items():
         save_file({key: value.contiguous() for key, value in module.state_dict().items()}, new / f"{name}.safetensors")
     lengths = {}
@@ -72,15 +72,13 @@ def restore(out_dir, model, modules, optimizers):
 
 
 def claim(out_dir, preset):
-    """Make the run's own folder: out_dir, or out/<preset>-<next free number>. One that holds a run is refused."""
+    """Make the run's own folder: out_dir, or out/<preset>-<next free number>."""
     if out_dir is None:
         number = 1
         while os.path.exists(f"out/{preset}-{number}"):
             number += 1
         out_dir = f"out/{preset}-{number}"
     out_dir = pathlib.Path(out_dir)
-    if (out_dir / "args.json").exists():
-        raise UserError(f"--out_dir {out_dir} holds a run already; go on with --resume {out_dir}, or name another folder")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,27 +89,41 @@ def claim(out_dir, preset):
 def provenance(device):
     """What a run can be traced by: command, versions, commit, device."""
     def git(*words):
-        where = pathlib.Path(__file__).parent
-        told = subprocess.run(["git", "-C", where, *words], capture_output=True, text=True)
+        try:
+            told = subprocess.run(["git", *words], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+        except OSError:  # no git here
+            return None
         return told.stdout.strip() if told.returncode == 0 else None
 
+    def version(name):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
     packages = "torch transformers peft bitsandbytes mauve-text numpy datasets".split()
+    changes = git("status", "--porcelain")
     return {
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
     }
 
 
 class Signals:
-    """Turns the first SIGINT or SIGTERM into `stop`, the number of the signal, for the loop to look at; a second one ends at once."""
+    """Turns the first SIGINT or SIGTERM into `stop`, its number, for the loop to look at; a second one ends at once."""
 
     def __init__(self):
         self.stop = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
+
+    def default(self):
+        """Give both signals back their usual meaning."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def note(self, number, frame):
         self.stop = number

@@ -68,16 +68,15 @@ def plain_encoder(tokenizer):
     `split_special_tokens=True` Qwen3's <think> and </think>, added but not marked special, still come out whole.
     """
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer {type(tokenizer).__name__} has no fast version, which character offsets need; choose another --model")
+        raise UserError(f"--model: {type(tokenizer).__name__} has no fast version, which character offsets need; choose another")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    added = {t["content"]: t["id"] for t in spec["added_tokens"] if len(t["content"].strip()) > 1}  # runs of spaces may stay
     spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     import tokenizers
     bare = tokenizers.Tokenizer.from_str(json.dumps(spec))
     split = re.compile("|".join(map(re.escape, added)) or "(?!)")
 
     def encode(text):
-        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, which JSON can spell, become "?"
         encoding = bare.encode(text, add_special_tokens=False)
         if set(added.values()).isdisjoint(encoding.ids):
             return encoding.ids, encoding.offsets
@@ -219,7 +218,7 @@ def pile(seed, text_field="text"):
             for row in stream.shard(num_shards, (seed + k) % num_shards):
                 if text_field not in row:
                     raise UserError(f"--text_field {text_field} is not in the Pile, whose fields are {', '.join(row)}")
-                yield row[text_field]
+                yield clean(row[text_field])
     except Exception as error:  # datasets passes on whatever its http clients raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--data pile: {PILE} could not be read ({reason}); give --data a local path, or demo") from None
@@ -239,7 +238,7 @@ def read_documents(path, text_field="text"):
             for where, text in read_file(file, text_field):
                 count += 1
                 if isinstance(text, str):
-                    texts.append(text)
+                    texts.append(clean(text))
                 else:
                     bad.append(where)
                 if len(texts) == MAX_DOCUMENTS:
@@ -253,6 +252,11 @@ def read_documents(path, text_field="text"):
             raise UserError(note)
         print(f"{note}: left out", file=sys.stderr)
     return texts
+
+
+def clean(text):
+    """Lone surrogates, which JSON and Python can spell and UTF-8 cannot, become "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_file(file, text_field):
@@ -302,10 +306,11 @@ def demo_corpus():
     if cache.exists():
         return read_documents(cache)
     stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(f for f in stdlib.rglob("*.py") if "site-packages" not in f.parts)
+    files = [(file, file.relative_to(stdlib)) for file in sorted(stdlib.rglob("*.py"))]
     for name in filter(installed, DEMO_PACKAGES):
-        files += sorted(pathlib.Path(f.locate()) for f in importlib.metadata.files(name) or [] if f.suffix == ".py")
-    files = [f for f in files if not {"test", "tests", "testing", "idlelib"} & set(f.parts)]
+        files += [(pathlib.Path(f.locate()), f) for f in sorted(importlib.metadata.files(name) or []) if f.suffix == ".py"]
+    skipped = {"test", "tests", "testing", "idlelib", "site-packages"}
+    files = [file for file, inside in files if not skipped & set(inside.parts)]
     print("reading the demo's corpus, once: the docstrings of what is installed, half a minute", file=sys.stderr)
     found = itertools.chain.from_iterable(map(docstrings, files))
     texts = list({text[:200]: text for text in found}.values())  # packages repeat themselves: one text for each beginning
@@ -339,8 +344,9 @@ def docstrings(file):
     if file.match("pydoc_data/topics.py"):
         found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     else:
-        owners = [tree] + [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
-        owners += [node for owner in owners[1:] for node in owner.body
-                   if isinstance(owner, ast.ClassDef) and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        methods = [node for owner in classes for node in owner.body if isinstance(node, functions)]
+        owners = [tree, *classes, *(node for node in tree.body if isinstance(node, functions)), *methods]
         found = [ast.get_docstring(node) or "" for node in owners]
-    return [text.strip() for text in found if len(text.strip()) >= 600]
+    return [clean(text.strip()) for text in found if len(text.strip()) >= 600]

@@ -4,7 +4,7 @@ MAUVE of the last sequences of a run, beside the base model's floor and a ceilin
     python evaluate.py out/demo-1
     python evaluate.py out/demo-1 --featurizer gpt2-large --seeds 10
 
-Writes mauve.json into the run's folder. MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is mauve-text's, with
+Writes mauve.json and result.json into the run's folder. MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is mauve-text's, with
 c = 5, a tenth as many buckets as texts, and its other defaults.
 
 What differs from the textbook: floor, result and ceiling stand on the same prefixes and the same number of texts, since
@@ -84,8 +84,8 @@ def featurizer(name, model, tokenizer, device, batch_size=32):
             other_tokenizer = AutoTokenizer.from_pretrained(name)
             other = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
         except (OSError, ValueError) as error:
-            raise UserError(f"--featurizer {name} could not be loaded ({str(error).strip().splitlines()[0]}); the run itself is saved: "
-                            "python evaluate.py RUN --featurizer base") from None
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--featurizer {name} could not be loaded ({reason}); base is the run's own model") from None
 
         def ids_of(text):
             return other_tokenizer(text, truncation=True, max_length=1024).input_ids
@@ -118,13 +118,13 @@ def read_lines(file):
 
 
 def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
-    """Measure a run from the files it left. Writes mauve.json, prints a table, returns what result.json holds of it."""
+    """Measure a run from the files it left. Writes mauve.json and result.json, prints a table, returns the result."""
     out_dir = pathlib.Path(out_dir)
     rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
-    n = len(floor) or min(WINDOW, len(rollouts))
-    if len(rollouts) < max(n, 4):
-        raise UserError(f"{out_dir} has {len(rollouts)} sequences, and {max(n, 4)} are needed; go on with: python train.py --resume {out_dir}")
-    last, before = rollouts[-n:], rollouts[:-n][-n:]
+    n = min(len(floor) or WINDOW, len(rollouts))
+    if n < 4:
+        raise UserError(f"{out_dir} has {n} sequences, and 4 are needed; go on with: python train.py --resume {out_dir}")
+    last, before, floor = rollouts[-n:], rollouts[:-n][-n:], floor[-n:]
     if floor and [r["prefix"] for r in floor] != [r["prefix"] for r in last]:
         print(f"note: {out_dir} is not finished, so its floor stands on other prefixes than its last {n} sequences", file=sys.stderr)
 
@@ -154,6 +154,9 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
         result[name], result[f"{name}_sd"] = (score["mauve"], score["mauve_sd"]) if score else (None, None)
     result.update(mauve_last2000=(scores["mauve_last2000"] or {}).get("mauve"), num_last2000=len(window), num_sequences=n,
                   featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
+    steps = read_lines(out_dir / "metrics.jsonl")
+    result.update(num_steps=len(steps), seconds=sum(row["seconds"] for row in steps))
+    (out_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores}
     (out_dir / "mauve.json").write_text(json.dumps(report, indent=2) + "\n")
 
@@ -165,6 +168,8 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
     if scores["mauve_last2000"]:
         print(f"  {'last ' + str(len(window)) + ' (the write-up)':28s}{scores['mauve_last2000']['mauve']:.3f}"
               + ("" if len(window) == WINDOW else f"   fewer than {WINDOW}"))
+    if any(num_empty.values()):
+        print(f"  left out as empty: {', '.join(f'{count} of {name}' for name, count in num_empty.items() if count)}")
     return result
 
 
@@ -180,7 +185,7 @@ if __name__ == "__main__":
     settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key) for key in ("featurizer", "seeds", "device")}
     if settings["seeds"] < 1:
         raise UserError(f"--seeds {settings['seeds']}: must be above 0")
-    from model import load_model
-    needed = settings["featurizer"] == "base"
-    base_model, base_tokenizer = load_model(run["model"], run["quant"], run["dtype"], settings["device"]) if needed else (None, None)
-    evaluate(flags.run, settings["featurizer"], settings["seeds"], base_model, base_tokenizer, settings["device"])
+    from model import checked_device, load_model
+    device = checked_device(settings["device"])
+    model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device) if settings["featurizer"] == "base" else (None, None)
+    evaluate(flags.run, settings["featurizer"], settings["seeds"], model, tokenizer, device)

@@ -32,8 +32,10 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0].replace("-", "_").replace("__", "--", 1), known, 1, 0.5)
-            raise UserError(f"unknown flag {unknown[0]}" + (f", did you mean {near[0]}?" if near else "; --help lists them all"))
+            typed = "--" + unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+            near = difflib.get_close_matches(typed, known, 1, 0.5)
+            advice = f", did you mean {near[0]}?" if near else "; --help lists them all"
+            raise UserError(f"unknown flag {unknown[0]}{advice}")
         return args
 
     def given(self, argv=None):
@@ -51,13 +53,13 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 def read_args(out_dir):
     """The flags a run was started with, from its args.json."""
     try:
-        return json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError):
+        return dict(json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out_dir} holds no run: there is no readable args.json in it") from None
 
 
 def check(args):
-    """Refuse flags out of range and combinations that cannot work, before anything heavy is imported. Pure."""
+    """Refuse flags out of range, combinations that cannot work and paths that are not there; nothing heavy is imported."""
     positive = "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale grad_clip seeds".split()
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -69,11 +71,13 @@ def check(args):
     for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be from 0 to below 1")
-    total = args.num_steps * args.batch_size
-    if args.floor_sequences > total:
-        raise UserError(f"--floor_sequences {args.floor_sequences}: the run has only --num_steps {args.num_steps} x --batch_size "
-                        f"{args.batch_size} = {total} sequences; give at most that, or 0 for no floor")
+    if args.num_steps * args.batch_size < 4:
+        raise UserError(f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences")
     if args.micro_batch and args.batch_size % args.micro_batch:
         raise UserError(f"--micro_batch {args.micro_batch}: must divide --batch_size {args.batch_size}, or be 0 for the whole batch")
     if args.d_loss == "pair" and args.d_shuffle:
-        raise UserError("--d_shuffle: swaps labels text by text, which --d_loss pair has no use for; use --d_loss ce")
+        raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; use --d_loss ce")
+    if args.data not in ("pile", "demo") and not pathlib.Path(args.data).exists():
+        raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
+    if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():
+        raise UserError(f"--out_dir {args.out_dir} holds a run already; go on with --resume {args.out_dir}, or name another folder")

@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", categor
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
@@ -30,13 +31,22 @@ FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, an
 CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which holds up to five
 
 
+def checked_device(name):
+    """The torch device of a --device flag: cpu, or a cuda that is there."""
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or number and not number.isdecimal():
+        raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there is no such GPU here; python train.py --preset demo needs none")
+    return torch.device(name)
+
+
 def load_model(name, quant="none", dtype="bf16", device="cpu"):
-    """A causal LM and its tokenizer from a hub id, a folder, or `demo` / `demo-small`, which are embedded.
+    """A causal LM and its tokenizer from a hub id, a folder, or `demo`, which is embedded.
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
     """
-    if name.startswith("demo"):
-        name = str(pathlib.Path(__file__).parent / "demo" / {"demo": "base", "demo-small": "small"}.get(name, name))
+    name = str(pathlib.Path(__file__).parent / "demo" / "base") if name == "demo" else name
     config = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
@@ -47,13 +57,13 @@ def load_model(name, quant="none", dtype="bf16", device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
-    except (OSError, ValueError) as error:  # no such folder or hub id, hub out of reach, no safetensors, not a causal LM
+    except (OSError, ValueError, SafetensorError) as error:  # no such model, hub out of reach, torn weights, not a causal LM
         raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
     model.requires_grad_(False)
     model.eval()
-    ids = torch.tensor([[0, 1, 2]], device=device)
+    ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
     with torch.no_grad():
-        told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))
+        told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
     if not torch.allclose(told.float(), ours.float(), rtol=0.05, atol=0.05):
         raise UserError(f"--model {name} changes its logits after the output layer (a soft cap, a scale), which token_logps does not know")
     return model, tokenizer
@@ -62,7 +72,10 @@ def load_model(name, quant="none", dtype="bf16", device="cpu"):
 def add_adapters(model, names, rank, alpha):
     """Wrap the model with one rsLoRA adapter a name on all its linear layers; the scale is alpha / sqrt(rank)."""
     config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config, adapter_name=names[0])
+    try:
+        model = get_peft_model(model, config, adapter_name=names[0])
+    except ValueError as error:
+        raise UserError(f"--model {model.config.name_or_path}: peft has no adapters for it: {error}") from None
     for name in names[1:]:
         model.add_adapter(name, config)
     return model
@@ -154,15 +167,14 @@ class _TokenStats(torch.autograd.Function):
         need = ctx.needs_input_grad[0]
         grads = [torch.zeros_like(hidden) if wanted else None for wanted in
                  (need, need and entropy_grad, need and ref_hidden is not None)]  # (N, H) each
-        for rows in torch.arange(N, device=hidden.device).split(max(16, CHUNK_BYTES // (4 * V))):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        size = max(16, CHUNK_BYTES // (4 * V))
+        for first in range(0, N, size):
+            rows = slice(first, first + size)
             target, mask = targets[rows, None], blocked[kind[rows]]  # (n, 1), (n, V)
             log_p = row_logps(hidden[rows], weight, bias, mask, temperature)  # (n, V)
             p = log_p.exp()  # (n, V)
             logp[rows] = log_p.gather(1, target)[:, 0]
             entropy[rows] = -(p * log_p).sum(-1)
-            if grads[0] is not None:
-                grads[0][rows] = (weight[target[:, 0]] - p.to(weight.dtype) @ weight) / temperature
             if grads[1] is not None:
                 grads[1][rows] = -(p * (log_p + entropy[rows, None])).to(weight.dtype) @ weight / temperature
             if ref_hidden is not None:
@@ -172,6 +184,9 @@ class _TokenStats(torch.autograd.Function):
                 kl[rows] = (p * ratio).sum(-1)
                 if grads[2] is not None:
                     grads[2][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature
+            if grads[0] is not None:  # e_t - p before the cast: in bf16 a p of 0.999 is 1, and nothing would be left
+                p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # (n, V)
+                grads[0][rows] = p.to(weight.dtype) @ weight / temperature
         ctx.grads = grads
         ctx.mark_non_differentiable(*([ref_logp] if entropy_grad else [ref_logp, entropy]))
         return logp, entropy, kl, ref_logp

@@ -30,10 +30,14 @@ def ema(average, value, decay):
     return value if average is None else decay * average + (1 - decay) * value
 
 
-def advantages(rewards, baseline, scale=None):
-    """rewards (B,) minus the baseline from before the batch, divided by a standard deviation where one is given: (B,)."""
+def advantages(rewards, baseline, variance=None):
+    """rewards (B,) minus the baseline from before the batch, over the root of a running variance where one is given: (B,).
+
+    The variance is the moving average of (rewards - baseline)^2, this batch included: so that an advantage stays below
+    sqrt(B / (1 - decay)) even where all rewards were equal until now.
+    """
     advantage = rewards - baseline  # (B,)
-    return advantage if scale is None else advantage / (scale + 1e-8)
+    return advantage if variance is None else advantage / (variance ** 0.5 + 1e-8)
 
 
 def policy_loss(logp, kl, advantage, kl_coef, num_positions):

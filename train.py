@@ -17,7 +17,7 @@ What differs from textbook REINFORCE and textbook GANs:
     python train.py --data my.jsonl --model some/folder     # your texts, your model
     python train.py --resume out/demo-1                     # go on where a run stopped
 """
-import argparse
+from argparse import BooleanOptionalAction as Switch, Namespace
 
 from flags import Parser, UserError, check, read_args
 
@@ -30,7 +30,7 @@ parser = Parser(__doc__)
 add = parser.add_argument
 add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults; any flag still wins")
 # model
-add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM; demo and demo-small are embedded")
+add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM; demo is embedded")
 add("--quant", choices=["none", "nf4", "int8"], default="none", help="quantise the base model (bitsandbytes)")
 add("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of weights, or of computation where quantised")
 add("--adapters", choices=["shared", "separate"], default="shared", help="one adapter for both players, or one each")
@@ -57,12 +57,12 @@ add("--g_reward", choices=["prob", "neglog"], default="prob", help="d_scale * p_
 add("--d_scale", type=float, default=30.0, help="factor of the reward, against the KL")
 add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the base (0: no reference pass)")
 add("--ema_decay", type=float, default=0.9, help="of the baseline")
-add("--adv_norm", action="store_true", help="divide advantages by a running standard deviation")
+add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
 add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy a text, or Bradley-Terry a pair")
 add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator's loss, the other reading of d-scale")
 add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last token's state, or the completion's mean")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
-add("--d_shuffle", action="store_true", help="control: the discriminator learns from shuffled labels")
+add("--d_shuffle", action=Switch, default=False, help="control: the discriminator learns from shuffled labels")
 # run
 add("--floor_sequences", type=int, default=500, help="completions by the bare base model to compare with (0: no floor)")
 add("--featurizer", default="gpt2-large", help="of MAUVE: a model id, or base: the run's own base model")
@@ -79,7 +79,7 @@ if args.resume:
     given = [word for word in parser.given() if word != "--resume"]
     if given:
         raise UserError(f"--resume goes on with the run's own flags; {' '.join(given)} would make it another run")
-    args = argparse.Namespace(**{**read_args(args.resume), "resume": args.resume})
+    args = Namespace(**{**read_args(args.resume), "resume": args.resume})
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
 check(args)
 
@@ -97,19 +97,18 @@ from tqdm import tqdm
 from checkpoint import Signals, claim, provenance, restore, save
 from data import bos_ids, clip, plain_encoder, prompt_ids, windows
 from discriminator import Discriminator, discriminator_loss, pair_ids
-from evaluate import distinct, evaluate
-from model import TokenStats, adapter_parameters, add_adapters, causal_lm, hidden_states, load_model, pad, token_logps, without_adapters
+from evaluate import distinct, evaluate, featurizer
+from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model, pad,
+                   token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
 from rollout import COMPLETION, THINKING, rollout, rules, strip_echo
 
 # -----------------------------------------------------------------------------
 # seed, device, model, data
 B, R, C = args.batch_size, args.reasoning_tokens, args.completion_tokens
-if args.device.startswith("cuda") and not torch.cuda.is_available():
-    raise UserError(f"--device {args.device}: there is no GPU here; python train.py --preset demo needs none")
+device = checked_device(args.device)
 torch.manual_seed(args.seed)
-model, tokenizer = load_model(args.model, args.quant, args.dtype, args.device)
-device = causal_lm(model).device
+model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
 encode, bos, rule = plain_encoder(tokenizer), bos_ids(tokenizer), rules(tokenizer, model)
 most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
 room = getattr(causal_lm(model).config, "max_position_embeddings", most)
@@ -117,7 +116,8 @@ if most > room:
     raise UserError(f"--model {args.model} has {room} positions and a sequence takes up to {most}; lower --prefix_tokens, "
                     f"--reasoning_tokens, --completion_tokens or --echo_tokens")
 stream = windows(args.data, encode, args.prefix_tokens, C, args.seed, text_field=args.text_field)
-stream[0]  # a source without a usable text fails here
+stream[0]  # a source without a usable text fails here, and a featurizer that cannot be had in the next line
+featurizer(args.featurizer, model, tokenizer, "cpu")
 
 # players: two adapters, or one in both roles
 G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
@@ -131,8 +131,12 @@ d_params = adapter_parameters(model, D) + list(head.parameters())
 g_optimizer = torch.optim.Adam(g_params, lr=args.g_lr, betas=(args.beta1, args.beta2))
 d_optimizer = torch.optim.Adam(d_params, lr=args.d_lr, betas=(args.beta1, args.beta2))
 modules, optimizers = {"head": head}, {"generator": g_optimizer, "discriminator": d_optimizer}
-loss_scale = 4096.0 if args.dtype == "fp16" else 1.0  # keeps small gradients above fp16's floor on their way through the base
-state = {"step": -args.d_warmup, "baseline": None, "variance": None, "seconds": 0.0}
+state = {
+    "step": -args.d_warmup,
+    "baseline": None,  # moving averages of the batch's mean reward, and of its squared distance from the baseline
+    "variance": None,
+    "loss_scale": 2.0 ** 14 if args.dtype == "fp16" else 1.0,  # lifts small gradients above fp16's floor
+}
 # sampling is keyed by (seed, step), windows by (seed, position): there is no other random state to save
 
 out_dir = pathlib.Path(args.resume) if args.resume else claim(args.out_dir, args.preset)
@@ -140,14 +144,16 @@ if args.resume:
     state = restore(out_dir, model, modules, optimizers)
 else:
     (out_dir / "args.json").write_text(json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
-metrics, samples = (open(out_dir / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
+metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
+if not args.resume:
+    save(out_dir, model, modules, optimizers, state, [metrics, samples])  # from here on a stopped run can go on
 signals = Signals()
 print(f"{out_dir}: {args.model} on {device}, {sum(p.numel() for p in {*g_params, *d_params}):,} trained of "
       f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 # -----------------------------------------------------------------------------
-# the loop's verbs
+# the loop's verbs; they read what stands above, which the loop never rebinds
 
 def random_for(*key):
     """A generator on the device, keyed by seed and purpose, so that a step can be sampled again."""
@@ -162,7 +168,9 @@ def sample(batch, generator):
     completions = []
     for window, reply in zip(batch, roll.reply):
         text = tokenizer.decode(reply, clean_up_tokenization_spaces=False).rstrip("\ufffd")  # a character cut in two
-        completions.append(clip(encode, window.prefix + window.sep, strip_echo(text, window.prefix, args.echo_tokens), C))
+        text = strip_echo(text, window.prefix, args.echo_tokens)
+        text, n = clip(encode, window.prefix + window.sep, text, C)
+        completions.append((text, min(n, len(reply))))  # a special token that reads as five is still one
     return roll, completions
 
 
@@ -189,7 +197,8 @@ def sampled_stats(roll, rows, ref_hidden):
     """TokenStats of the sampled tokens of some rows under the active adapter."""
     mask = roll.sampled[rows]  # (b, T)
     kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
-    return token_logps(model, sampled_hidden(roll, rows), roll.ids[rows][mask], rule.blocked, kind, ref_hidden, args.temperature or 1.0)
+    hidden, targets = sampled_hidden(roll, rows), roll.ids[rows][mask]  # (N, H), (N,)
+    return token_logps(model, hidden, targets, rule.blocked, kind, ref_hidden, args.temperature or 1.0)
 
 
 def kl_now(roll, parts):
@@ -204,13 +213,16 @@ def update(optimizer, lr):
     (group,) = optimizer.param_groups
     for p in group["params"]:
         if p.grad is not None:
-            p.grad /= loss_scale
+            p.grad /= state["loss_scale"]
     norm = torch.nn.utils.clip_grad_norm_(group["params"], args.grad_clip).item()
     group["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
+    else:
+        state["loss_scale"] = max(state["loss_scale"] / 2, 1.0)  # fp16 overflowed: less next time
+        norm = None
     optimizer.zero_grad(set_to_none=True)
-    return norm if math.isfinite(norm) else None
+    return norm
 
 
 def micro_batches(rows):
@@ -234,20 +246,21 @@ def memory_gb(device):
 # the floor: what the bare base model writes for the very prefixes that the run will end with
 total, floor = args.num_steps * B, out_dir / "floor.jsonl"
 if args.floor_sequences and not floor.exists():
-    lines = []
-    for first in tqdm(range(total - args.floor_sequences, total, B), desc="floor"):
-        batch = [stream[position] for position in range(first, min(first + B, total))]
+    lines, size = [], max(B, 32)  # decoding many at once costs next to nothing
+    for first in tqdm(range(max(total - args.floor_sequences, 0), total, size), desc="floor"):
+        batch = [stream[position] for position in range(first, min(first + size, total))]
         with without_adapters(model):
             roll, completions = sample(batch, random_for("floor", first))
         lines += [record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch))]
         if signals.stop:
+            print(f"stopped before the first step; go on with: python train.py --resume {out_dir}")
             raise SystemExit(128 + signals.stop)
     floor.with_suffix(".partial").write_text("".join(lines), encoding="utf-8")
     floor.with_suffix(".partial").rename(floor)
 
 # -----------------------------------------------------------------------------
 # the loop; steps below 0 are the warm-up, in which only the discriminator learns
-started, seconds_before, first_step = time.time(), state["seconds"], state["step"]
+started, first_step = time.time(), state["step"]
 for step in range(first_step, args.num_steps):
     t0 = time.time()
     lr_factor = 1 - max(step, 0) / args.num_steps
@@ -274,10 +287,11 @@ for step in range(first_step, args.num_steps):
     # generator step: REINFORCE against the baseline from before this batch, and the KL to the base
     if step >= 0:
         model.set_adapter(G)
-        mean, variance = reward.mean().item(), reward.var(correction=0).item()
-        baseline, spread = (now if state[key] is None else state[key] for key, now in (("baseline", mean), ("variance", variance)))
-        advantage = advantages(reward, baseline, spread ** 0.5 if args.adv_norm else None)  # (B,)
-        state["baseline"], state["variance"] = ema(state["baseline"], mean, args.ema_decay), ema(state["variance"], variance, args.ema_decay)
+        mean_reward = reward.mean().item()
+        baseline = mean_reward if state["baseline"] is None else state["baseline"]
+        state["baseline"] = ema(state["baseline"], mean_reward, args.ema_decay)
+        state["variance"] = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
+        advantage = advantages(reward, baseline, state["variance"] if args.adv_norm else None)  # (B,)
         parts, g_loss = [], 0.0
         for rows in micro_batches(range(B)):
             with torch.no_grad(), without_adapters(model):
@@ -285,7 +299,7 @@ for step in range(first_step, args.num_steps):
             stats = sampled_stats(roll, rows, ref_hidden)
             each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
             loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))
-            (loss * loss_scale).backward()
+            (loss * state["loss_scale"]).backward()
             g_loss += loss.item()
             parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))
         g_grad_norm = update(g_optimizer, args.g_lr * lr_factor)
@@ -299,7 +313,7 @@ for step in range(first_step, args.num_steps):
         taught = labels[torch.randperm(len(labels), generator=random_for("shuffle", step, rows[0]), device=device)] if args.d_shuffle else labels
         logits = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
         loss = args.d_loss_scale * discriminator_loss(logits, taught, args.d_loss) * len(rows) / len(shown)
-        (loss * loss_scale).backward()
+        (loss * state["loss_scale"]).backward()
         d_loss += loss.item()
         right += (logits.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
     d_grad_norm = update(d_optimizer, args.d_lr * lr_factor)
@@ -313,7 +327,7 @@ for step in range(first_step, args.num_steps):
         written = ~roll.thinking[roll.sampled]  # (N,) of the completion
         num_sampled = len(written)
         row = dict(
-            step=step, reward=mean, p_real=p_real[shown].mean().item() if shown else None, length_score=lengths.mean().item(),
+            step=step, reward=mean_reward, p_real=p_real[shown].mean().item() if shown else None, length_score=lengths.mean().item(),
             baseline=baseline, advantage_sd=advantage.std(correction=0).item(), g_loss=g_loss,
             kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g,
             kl_after_d=kl_now(roll, parts) if G == D and args.kl_coef else None, entropy=stats.entropy.mean().item(),
@@ -324,26 +338,25 @@ for step in range(first_step, args.num_steps):
             coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
             skipped=[g_grad_norm, d_grad_norm].count(None), seconds=time.time() - t0, sample_seconds=t1 - t0, update_seconds=t2 - t1,
             tokens_per_second=num_sampled / (t2 - t0), memory_gb=memory_gb(device))
+        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}  # JSON has no nan
         metrics.write(json.dumps(row) + "\n")
         samples.writelines(record(step, batch[i], roll, i, *completions[i], reward[i].item(), p_real[i].item() if i in shown else None)
                            for i in range(B))
-        print(f"step {step + 1}/{args.num_steps} | reward {mean:.3f} | p_real {row['p_real'] or 0:.2f} | length {row['length_score']:.2f} | "
+        print(f"step {step + 1}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real'] or 0:.2f} | length {row['length_score']:.2f} | "
               f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
     else:
         print(f"warm-up {step + args.d_warmup + 1}/{args.d_warmup} | p_real {p_real.mean().item():.2f} | d_loss {d_loss:.3f} | "
               f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | {speed}", flush=True)
 
     # save
-    state["step"], state["seconds"] = step + 1, seconds_before + time.time() - started
-    if signals.stop or step + 1 == args.num_steps or args.save_every and (step + 1) % args.save_every == 0:
+    state["step"], stop = step + 1, signals.stop
+    if stop or step + 1 == args.num_steps or args.save_every and (step + 1) % args.save_every == 0:
         save(out_dir, model, modules, optimizers, state, [metrics, samples])
-    if signals.stop:
+    if stop:
         print(f"stopped after step {step + 1}; go on with: python train.py --resume {out_dir}")
-        raise SystemExit(128 + signals.stop)
+        raise SystemExit(128 + stop)
 
 # -----------------------------------------------------------------------------
 # MAUVE of what was written, beside the floor and a ceiling
-metrics.close(), samples.close()
-result = evaluate(out_dir, args.featurizer, args.seeds, model, tokenizer, args.device)
-result.update(num_steps=args.num_steps, seconds=round(state["seconds"], 1))
-(out_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+metrics.close(), samples.close(), signals.default()
+evaluate(out_dir, args.featurizer, args.seeds, model, tokenizer, device)

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -63,14 +61,11 @@ def test_a_folder_without_a_checkpoint_is_one_line(tiny, tmp_path, capsys):
     assert error.value.code == 2 and "--resume" in capsys.readouterr().err
 
 
-def test_folders_are_numbered_and_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
+def test_folders_are_numbered(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert [str(claim(None, "demo")) for _ in range(2)] == ["out/demo-1", "out/demo-2"]
     (tmp_path / "mine").mkdir()
     assert claim("mine", "demo").name == "mine"
-    (tmp_path / "mine" / "args.json").write_text(json.dumps({}))
-    with pytest.raises(SystemExit):
-        claim("mine", "demo")
     (tmp_path / "file").write_text("x")
     with pytest.raises(SystemExit):
         claim("file/run", "demo")

@@ -59,6 +59,25 @@ def test_chunked_logps_entropy_and_kl_equal_the_naive_ones(monkeypatch, chunk_ro
         assert (error <= 1e-4 * size).all(), (stats._fields[row], (error / size).max())
 
 
+@pytest.mark.parametrize("p_target", [0.5, 0.99, 0.999, 0.9999])
+def test_gradients_of_confident_tokens_survive_bf16(p_target):
+    # e_t - p is nearly nothing there: formed after a cast to bf16 it would be nothing
+    V, H, g = 512, 64, torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=g).bfloat16()
+    direction = weight[3].float() / weight[3].float().norm() ** 2
+    low, high = 0.0, 60.0
+    for _ in range(40):  # the length along the target's row at which its probability is p_target
+        hidden = direction * (low + high) / 2
+        p = (weight.float() @ hidden).softmax(-1)
+        low, high = (low, (low + high) / 2) if p[3] > p_target else ((low + high) / 2, high)
+    hidden = hidden.bfloat16()[None].requires_grad_()
+    stats = token_logps(Head(weight), hidden, torch.tensor([3]), torch.zeros(1, V, dtype=torch.bool), torch.tensor([0]))
+    stats.logp.sum().backward()
+    logits = torch.nn.functional.linear(hidden.detach(), weight).double()[0]  # the logits that were seen, in bf16
+    exact = (torch.eye(V, dtype=torch.double)[3] - logits.softmax(-1)) @ weight.double()
+    assert (hidden.grad[0].double() - exact).norm() < 0.02 * exact.norm()
+
+
 def test_without_a_reference_the_kl_is_zero_and_nothing_else_changes():
     head, hidden, ref, targets, blocked, kind = case()
     alone, beside = token_logps(head, hidden, targets, blocked, kind), token_logps(head, hidden, targets, blocked, kind, ref)

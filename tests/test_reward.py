@@ -48,7 +48,13 @@ def test_ema_starts_at_the_first_batch_and_lags_after_it():
 def test_advantages_subtract_and_divide():
     rewards = torch.tensor([1.0, 3.0])
     assert advantages(rewards, 2.0).tolist() == [-1.0, 1.0]
-    assert advantages(rewards, 2.0, 0.5).tolist() == pytest.approx([-2.0, 2.0])
+    assert advantages(rewards, 2.0, 0.25).tolist() == pytest.approx([-2.0, 2.0])
+
+
+def test_equal_rewards_give_no_advantage_and_no_division_by_zero():
+    assert advantages(torch.tensor([0.7, 0.7]), 0.7, 0.0).tolist() == [0.0, 0.0]
+    variance = ema(0.0, 1e-6, 0.9)  # all rewards equal until now, then a batch that differs by 1e-3: bounded by sqrt(1 / 0.1)
+    assert advantages(torch.tensor([0.701, 0.699]), 0.7, variance).abs().max() < 3.2
 
 
 def test_policy_loss_and_its_gradient_equal_hand_values():

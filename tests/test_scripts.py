@@ -99,6 +99,19 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(finished, tmp_path):
     with open(out / "rollouts.jsonl", "a") as file:
         file.write('{"step": 7, "torn')  # as a crash after the checkpoint would leave it
     assert "result.json" not in {path.name for path in out.iterdir()}
+    assert len(lines(out / "floor.jsonl")) == 6
+    again = run("--resume", out)
+    assert again.returncode == 0, again.stderr
+    same_run(finished[0], out)
+
+
+def test_a_run_killed_before_its_first_step_goes_on_from_the_start(finished, tmp_path):
+    out = tmp_path / "two"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--out_dir", out], stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout.readline().startswith(str(out))
+    process.kill()
+    process.wait()
     again = run("--resume", out)
     assert again.returncode == 0, again.stderr
     same_run(finished[0], out)
@@ -141,7 +154,8 @@ def test_real_pile_documents_and_another_architecture_train(tmp_path):
     (["--kl_coef", "nan"], "--kl_coef"),
     (["--beta1", "1"], "--beta1"),
     (["--quant", "nf5"], "--quant"),
-    (["--floor_sequences", "1000000"], "--floor_sequences"),
+    (["--num_steps", "1", "--batch_size", "3"], "--num_steps"),
+    (["--data", "no/such/file"], "--data"),
     (["--micro_batch", "3"], "--micro_batch"),
     (["--resume", "no/such/run"], "no/such/run"),
     (["--resume", "out/x", "--num_steps", "9"], "--num_steps"),
@@ -155,14 +169,17 @@ def test_a_wrong_flag_ends_within_a_second_in_one_line(flags, wanted):
 
 @pytest.mark.parametrize("flags, wanted", [
     ([], "--preset demo"),
-    (["--preset", "demo", "--data", "no/such/file"], "--data"),
+    (["--preset", "demo", "--data", "empty.txt"], "--data"),
+    (["--preset", "demo", "--device", "gpu"], "--device"),
+    (["--preset", "demo", "--featurizer", "no/such-model"], "--featurizer"),
     (["--preset", "demo", "--model", "no/such-model"], "--model"),
     (["--preset", "demo", "--completion_tokens", "2000"], "--completion_tokens"),
 ])
 def test_what_cannot_run_here_is_one_line_and_leaves_no_folder(flags, wanted, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
     told = run(*flags, cwd=tmp_path)
     assert told.returncode == 2 and told.stderr.count("\n") == 1 and wanted in told.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
 def test_a_folder_that_holds_a_run_is_refused(finished):
