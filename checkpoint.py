@@ -1,8 +1,8 @@
 """
 Everything the loop changes, saved at once and restored; and the signals that ask for it.
 
-`ckpt/` holds adapters in peft's own format, the discriminator's head as safetensors, and `state.pt`, all of one step. It
-is written beside, then renamed; the previous one stays until the new one stands.
+`ckpt/` holds adapters in peft's own format, the discriminator's head as safetensors, and `state.pt`, all of one step.
+It is written beside, then renamed; the previous one stays until the new one stands.
 """
 import importlib.metadata
 import os
@@ -25,8 +25,8 @@ FORMAT = 1
 def save(out_dir, model, modules, optimizers, state, files):
     """Write out_dir/ckpt.
 
-    modules, optimizers: name to object, with a state_dict. state: plain values. files: the append-only files of the run,
-    whose lengths are kept, so that lines written after this moment can be cut off.
+    modules, optimizers: name to object, with a state_dict. state: plain values. files: the append-only files of the
+    run, whose lengths are kept, so that lines written after this moment can be cut off.
     """
     out_dir = pathlib.Path(out_dir)
     new, ckpt, old = out_dir / "ckpt.new", out_dir / "ckpt", out_dir / "ckpt.old"
@@ -39,8 +39,9 @@ def save(out_dir, model, modules, optimizers, state, files):
         file.flush()
         os.fsync(file.fileno())
         lengths[pathlib.Path(file.name).name] = file.tell()
-    torch.save({"format": FORMAT, "state": state, "lengths": lengths,
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}, new / "state.pt")
+    saved = {"format": FORMAT, "state": state, "lengths": lengths,
+             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+    torch.save(saved, new / "state.pt")
     for path in new.rglob("*"):
         if path.is_file():
             with open(path, "rb+") as file:
@@ -103,12 +104,13 @@ def provenance(device):
 
     packages = "torch transformers peft bitsandbytes mauve-text numpy datasets".split()
     changes = git("status", "--porcelain")
+    threads = f"{device.type}, {torch.get_num_threads()} threads"
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
     }
 
 
@@ -127,5 +129,6 @@ class Signals:
 
     def note(self, number, frame):
         self.stop = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to stop at once", flush=True)
+        name = signal.Signals(number).name
+        print(f"\n{name}: finishing this step, then saving; once more to stop at once", flush=True)
         signal.signal(number, signal.SIG_DFL)

@@ -5,7 +5,7 @@ Sources (--data): `pile` streams the Pile's public copy, `demo` reads the docstr
 carries, anything else is a path: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, or a folder of these.
 
 What differs from the textbook:
-1. The stream is a pure function of (seed, position), so a run can stop and go on, and a later position can be looked up.
+1. The stream is a pure function of (seed, position): a run can stop and go on, and a later position can be looked up.
 2. The cut between prefix and truth moves back to the nearest white space, and that white space belongs to neither side:
    where a text was cut must not tell the real one from the generated one.
 3. Corpus text is tokenised by a copy of the tokenizer that knows no special or added token.
@@ -36,7 +36,7 @@ LONG_DOCUMENT = 100_000   # characters; a longer document is read through a rand
 DEMO_PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub mauve-text numpy pandas peft pyarrow "
                  "safetensors scikit-learn scipy tokenizers torch tqdm transformers zstandard").split()
 
-# the write-up's prompt word for word (no <|im_end|> after the turns: so it stands there); the reply goes on after <think>
+# the write-up's prompt word for word (no <|im_end|> after a turn: so it stands there); the reply goes on after <think>
 PROMPT = '''<|im_start|>system
 You act as a causal model of language.
 Example:
@@ -68,9 +68,11 @@ def plain_encoder(tokenizer):
     `split_special_tokens=True` Qwen3's <think> and </think>, added but not marked special, still come out whole.
     """
     if not tokenizer.is_fast:
-        raise UserError(f"--model: {type(tokenizer).__name__} has no fast version, which character offsets need; choose another")
+        kind = type(tokenizer).__name__
+        raise UserError(f"--model: {kind} has no fast version, which character offsets need; choose another")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = {t["content"]: t["id"] for t in spec["added_tokens"] if len(t["content"].strip()) > 1}  # runs of spaces may stay
+    # runs of spaces may stay
+    added = {t["content"]: t["id"] for t in spec["added_tokens"] if len(t["content"].strip()) > 1}
     spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     import tokenizers
     bare = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -130,7 +132,8 @@ class Window(NamedTuple):
 def cut_window(encode, text, offsets, start, prefix_tokens, completion_tokens):
     """The window of `text` that begins at token `start`, or None where a side would be empty."""
     low, at = offsets[start][0], offsets[start + prefix_tokens][0]
-    high = offsets[min(start + prefix_tokens + completion_tokens + 16, len(offsets)) - 1][1]  # 16: white space may be lost
+    last = min(start + prefix_tokens + completion_tokens + 16, len(offsets)) - 1  # 16: white space may be lost
+    high = offsets[last][1]
     left = right = next((i for i in range(at, low - 1, -1) if text[i].isspace()), None)
     if left is None:  # one long word, or a script without spaces
         left = right = at
@@ -168,10 +171,11 @@ class Windows:
                     text = text[start:start + limit]
                 offsets = self.encode(text)[1]
                 longest = max(longest, len(offsets))
-                # of some windows nothing is left, say where the text is white space: a few tries, then the next document
+                # of some windows nothing is left, say where all is white space: a few tries, then the next document
                 tries = range(4 if len(offsets) > need else 0)
                 starts = (rng.randrange(len(offsets) - need) for _ in tries)
-                cuts = (cut_window(self.encode, text, offsets, start, self.prefix_tokens, self.completion_tokens) for start in starts)
+                cuts = (cut_window(self.encode, text, offsets, start, self.prefix_tokens, self.completion_tokens)
+                        for start in starts)
                 window = next(filter(None, cuts), None)
                 if window:
                     found += 1
@@ -182,7 +186,10 @@ class Windows:
 
 
 def windows(source, encode, prefix_tokens, completion_tokens, seed, split="train", text_field="text"):
-    """The stream of windows of a source: "pile", "demo" or a path. split is "train" or "held_out" (2 % of the documents)."""
+    """The stream of windows of a source: "pile", "demo" or a path.
+
+    split is "train" or "held_out" (2 % of the documents).
+    """
     if source == "pile":
         def documents(epoch):
             return (text for text in pile(seed + epoch, text_field) if held_out(text) == (split == "held_out"))
@@ -221,7 +228,8 @@ def pile(seed, text_field="text"):
                 yield clean(row[text_field])
     except Exception as error:  # datasets passes on whatever its http clients raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data pile: {PILE} could not be read ({reason}); give --data a local path, or demo") from None
+        raise UserError(f"--data pile: {PILE} could not be read ({reason}); "
+                        "give --data a local path, or demo") from None
 
 
 def read_documents(path, text_field="text"):
@@ -244,10 +252,11 @@ def read_documents(path, text_field="text"):
                 if len(texts) == MAX_DOCUMENTS:
                     print(f"{path}: using its first {MAX_DOCUMENTS:,} documents", file=sys.stderr)
                     return texts
-        except (OSError, EOFError, ValueError, zstandard.ZstdError) as error:  # gzip's are OSErrors, pyarrow's ValueErrors
+        except (OSError, EOFError, ValueError, zstandard.ZstdError) as error:  # gzip: OSError, pyarrow: ValueError
             raise UserError(f"--data {file} cannot be read: {error}") from None
     if bad:
-        note = f"{len(bad)} of {count} lines of --data {path} are not JSON with a text in --text_field {text_field}: {'; '.join(bad[:3])}"
+        note = (f"{len(bad)} of {count} lines of --data {path} are not JSON with a text in "
+                f"--text_field {text_field}: {'; '.join(bad[:3])}")
         if len(bad) > 0.01 * count:
             raise UserError(note)
         print(f"{note}: left out", file=sys.stderr)
@@ -266,8 +275,9 @@ def read_file(file, text_field):
     elif file.name.endswith(".parquet"):
         import pyarrow.parquet
         table = pyarrow.parquet.ParquetFile(file)
-        if text_field not in table.schema_arrow.names:
-            raise UserError(f"--data {file} has no column --text_field {text_field}; it has {', '.join(table.schema_arrow.names)}")
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise UserError(f"--data {file} has no column --text_field {text_field}; it has {', '.join(names)}")
         rows = (row for batch in table.iter_batches(columns=[text_field]) for row in batch[0].to_pylist())
         yield from ((f"{file}: row {number}", row) for number, row in enumerate(rows, 1))
     else:
@@ -308,12 +318,13 @@ def demo_corpus():
     stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = [(file, file.relative_to(stdlib)) for file in sorted(stdlib.rglob("*.py"))]
     for name in filter(installed, DEMO_PACKAGES):
-        files += [(pathlib.Path(f.locate()), f) for f in sorted(importlib.metadata.files(name) or []) if f.suffix == ".py"]
+        owned = sorted(importlib.metadata.files(name) or [])
+        files += [(pathlib.Path(f.locate()), f) for f in owned if f.suffix == ".py"]
     skipped = {"test", "tests", "testing", "idlelib", "site-packages"}
     files = [file for file, inside in files if not skipped & set(inside.parts)]
     print("reading the demo's corpus, once: the docstrings of what is installed, half a minute", file=sys.stderr)
     found = itertools.chain.from_iterable(map(docstrings, files))
-    texts = list({text[:200]: text for text in found}.values())  # packages repeat themselves: one text for each beginning
+    texts = list({text[:200]: text for text in found}.values())  # packages repeat themselves: one for each beginning
     try:
         partial = cache.with_suffix(".partial")
         partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -342,7 +353,8 @@ def docstrings(file):
     except (OSError, ValueError, SyntaxError, RecursionError):
         return []
     if file.match("pydoc_data/topics.py"):
-        found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        found = [value for value in constants if isinstance(value, str)]
     else:
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]

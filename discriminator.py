@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
 
 
 def pair_ids(encode, bos, prefix, sep, truth, completion):
-    """Ids of the real and the generated text of one prefix, with masks of their completion tokens, as the head reads them.
+    """Ids of a prefix's real and generated text, with masks of their completion tokens, as the head reads them.
 
     Each is `prefix + sep + text` tokenised as one plain text, both cut to the smaller number of completion tokens.
     Returns ((real_ids, real_mask), (generated_ids, generated_mask)), or None where the completion is empty.
@@ -76,13 +76,15 @@ def pair_ids(encode, bos, prefix, sep, truth, completion):
 
 
 def discriminator_loss(logits, labels, kind="ce"):
-    """Loss of logits (B, 2). ce: mean cross-entropy with labels (B,). pair: Bradley-Terry on the two texts of a prefix (GAD,
-    arXiv 2511.10643), which takes the first half for the real ones and the second for the generated ones, in the same order.
+    """Loss of logits (B, 2): a scalar.
+
+    ce: mean cross-entropy with labels (B,). pair: Bradley-Terry on the two texts of a prefix (GAD, arXiv 2511.10643),
+    which takes the first half for the real ones and the second for the generated ones, in the same order.
     """
     if kind == "ce":
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels)  # ()
     real, generated = (logits[:, REAL] - logits[:, 1 - REAL]).chunk(2)  # (B/2,) each
-    return -F.logsigmoid(real - generated).mean()
+    return -F.logsigmoid(real - generated).mean()  # ()
 
 
 def verdict_ids(tokenizer, encode, prefix, completion):

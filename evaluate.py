@@ -4,8 +4,8 @@ MAUVE of the last sequences of a run, beside the base model's floor and a ceilin
     python evaluate.py out/demo-1
     python evaluate.py out/demo-1 --featurizer gpt2-large --seeds 10
 
-Writes mauve.json and result.json into the run's folder. MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is mauve-text's, with
-c = 5, a tenth as many buckets as texts, and its other defaults.
+Writes mauve.json and result.json into the run's folder. MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is
+mauve-text's, with c = 5, a tenth as many buckets as texts, and its other defaults.
 
 What differs from the textbook: floor, result and ceiling stand on the same prefixes and the same number of texts, since
 few texts read high; each is a mean over seeds of k-means, with its standard deviation.
@@ -39,10 +39,12 @@ def mauve_of(truth, generated, seeds=5):
     from mauve import compute_mauve
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     with quiet():
-        told = [compute_mauve(p_features=truth, q_features=generated, seed=seed, mauve_scaling_factor=5) for seed in seeds]
+        told = [compute_mauve(p_features=truth, q_features=generated, seed=seed, mauve_scaling_factor=5)
+                for seed in seeds]
     scores, stars = [float(t.mauve) for t in told], [float(t.mauve_star) for t in told]
-    return {"mauve": statistics.fmean(scores), "mauve_sd": statistics.pstdev(scores), "mauve_star": statistics.fmean(stars),
-            "mauve_star_sd": statistics.pstdev(stars), "num_buckets": int(told[0].num_buckets), "per_seed": scores}
+    return {"mauve": statistics.fmean(scores), "mauve_sd": statistics.pstdev(scores),
+            "mauve_star": statistics.fmean(stars), "mauve_star_sd": statistics.pstdev(stars),
+            "num_buckets": int(told[0].num_buckets), "per_seed": scores}
 
 
 @contextlib.contextmanager
@@ -58,40 +60,51 @@ def quiet():
         os.close(kept), os.close(nowhere)
 
 
+def base_states(model, tokenizer):
+    """Return `ids_of(text)` and `states(ids)` of the run's base model: ids (B, T) to last hidden states (B, T, H)."""
+    from data import bos_ids, plain_encoder
+    from model import hidden_states, without_adapters
+    encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
+
+    def ids_of(text):
+        return bos + encode(text)[0]
+
+    def states(ids):
+        with without_adapters(model):
+            return hidden_states(model, ids)  # (B, T, H)
+
+    return ids_of, states
+
+
+def hub_states(name, device):
+    """Return `ids_of(text)` and `states(ids)` of another model, by its id; a text is cut to 1024 tokens."""
+    from transformers import AutoModel, AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--featurizer {name} could not be loaded ({reason}); base is the run's own model") from None
+
+    def ids_of(text):
+        return tokenizer(text, truncation=True, max_length=1024).input_ids
+
+    def states(ids):
+        return model(ids).last_hidden_state  # (B, T, H)
+
+    return ids_of, states
+
+
 def featurizer(name, model, tokenizer, device, batch_size=32):
     """Return `features(texts) -> (N, H) float32`.
 
-    base: last hidden states of the run's own base model, mean over positions. Any other model id: the last token's state,
-    of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself.
+    base: last hidden states of the run's own base model, mean over positions. Any other model id: the last token's
+    state, of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself.
     """
     import numpy as np
     import torch
-    from data import bos_ids, plain_encoder
-    from model import hidden_states, pad, without_adapters
-
-    if name == "base":
-        encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
-
-        def ids_of(text):
-            return bos + encode(text)[0]
-
-        def states(ids):
-            with without_adapters(model):
-                return hidden_states(model, ids)
-    else:
-        from transformers import AutoModel, AutoTokenizer
-        try:
-            other_tokenizer = AutoTokenizer.from_pretrained(name)
-            other = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--featurizer {name} could not be loaded ({reason}); base is the run's own model") from None
-
-        def ids_of(text):
-            return other_tokenizer(text, truncation=True, max_length=1024).input_ids
-
-        def states(ids):
-            return other(ids).last_hidden_state
+    from model import pad
+    ids_of, states = base_states(model, tokenizer) if name == "base" else hub_states(name, device)
 
     @torch.no_grad()
     def features(texts):
@@ -123,10 +136,12 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
     rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
     n = min(len(floor) or WINDOW, len(rollouts))
     if n < 4:
-        raise UserError(f"{out_dir} has {n} sequences, and 4 are needed; go on with: python train.py --resume {out_dir}")
+        raise UserError(f"{out_dir} has {n} sequences, and 4 are needed; "
+                        f"go on with: python train.py --resume {out_dir}")
     last, before, floor = rollouts[-n:], rollouts[:-n][-n:], floor[-n:]
     if floor and [r["prefix"] for r in floor] != [r["prefix"] for r in last]:
-        print(f"note: {out_dir} is not finished, so its floor stands on other prefixes than its last {n} sequences", file=sys.stderr)
+        print(f"note: {out_dir} is not finished, so its floor stands on other prefixes than its last {n} sequences",
+              file=sys.stderr)
 
     featurize, num_empty = featurizer(featurizer_name, model, tokenizer, device), {}
 
@@ -152,40 +167,57 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
     for name in ("mauve", "floor", "ceiling"):
         score = scores.get(name)
         result[name], result[f"{name}_sd"] = (score["mauve"], score["mauve_sd"]) if score else (None, None)
-    result.update(mauve_last2000=(scores["mauve_last2000"] or {}).get("mauve"), num_last2000=len(window), num_sequences=n,
-                  featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
+    result.update(mauve_last2000=(scores["mauve_last2000"] or {}).get("mauve"), num_last2000=len(window),
+                  num_sequences=n, featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
     steps = read_lines(out_dir / "metrics.jsonl")
     result.update(num_steps=len(steps), seconds=sum(row["seconds"] for row in steps))
     (out_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores}
     (out_dir / "mauve.json").write_text(json.dumps(report, indent=2) + "\n")
 
-    print(f"\nMAUVE of {out_dir}: {n} sequences, {scores['mauve']['num_buckets'] if scores['mauve'] else 0} buckets, featurizer "
-          f"{featurizer_name}, {seeds} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
-    for name, label in (("floor", "floor: the base model"), ("mauve", "result: the end of the run"), ("ceiling", "ceiling: other real texts")):
-        score = scores.get(name)
-        print(f"  {label:28s}" + (f"{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   star {score['mauve_star']:.3f}" if score else "none"))
-    if scores["mauve_last2000"]:
-        print(f"  {'last ' + str(len(window)) + ' (the write-up)':28s}{scores['mauve_last2000']['mauve']:.3f}"
-              + ("" if len(window) == WINDOW else f"   fewer than {WINDOW}"))
-    if any(num_empty.values()):
-        print(f"  left out as empty: {', '.join(f'{count} of {name}' for name, count in num_empty.items() if count)}")
+    print_table(out_dir, result, scores)
     return result
+
+
+def print_table(out_dir, result, scores):
+    """Print what `evaluate` found; scores: name to what `mauve_of` returned, or None."""
+    n, num_window = result["num_sequences"], result["num_last2000"]
+    num_buckets = scores["mauve"]["num_buckets"] if scores["mauve"] else 0
+    print(f"\nMAUVE of {out_dir}: {n} sequences, {num_buckets} buckets, featurizer {result['featurizer']}, "
+          f"{result['num_seeds']} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
+    labels = {"floor": "floor: the base model", "mauve": "result: the end of the run",
+              "ceiling": "ceiling: other real texts"}
+    for name, label in labels.items():
+        score, told = scores.get(name), "none"
+        if score:
+            told = f"{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   star {score['mauve_star']:.3f}"
+        print(f"  {label:28s}{told}")
+    if scores["mauve_last2000"]:
+        label = f"last {num_window} (the write-up)"
+        print(f"  {label:28s}{scores['mauve_last2000']['mauve']:.3f}"
+              + ("" if num_window == WINDOW else f"   fewer than {WINDOW}"))
+    left_out = [f"{count} of {name}" for name, count in result["num_empty"].items() if count]
+    if left_out:
+        print(f"  left out as empty: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a run, out/NAME")
-    parser.add_argument("--featurizer", default=None, help="a model id, or base: the run's own base model (unset: as the run's)")
+    parser.add_argument("--featurizer", default=None,
+                        help="a model id, or base: the run's own base model (unset: as the run's)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of k-means (unset: as the run's)")
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (unset: as the run's)")
     flags = parser.parse_args()
 
     run = read_args(flags.run)
-    settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key) for key in ("featurizer", "seeds", "device")}
+    settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key)
+                for key in ("featurizer", "seeds", "device")}
     if settings["seeds"] < 1:
         raise UserError(f"--seeds {settings['seeds']}: must be above 0")
     from model import checked_device, load_model
     device = checked_device(settings["device"])
-    model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device) if settings["featurizer"] == "base" else (None, None)
+    model = tokenizer = None
+    if settings["featurizer"] == "base":
+        model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device)
     evaluate(flags.run, settings["featurizer"], settings["seeds"], model, tokenizer, device)

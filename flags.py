@@ -59,8 +59,9 @@ def read_args(out_dir):
 
 
 def check(args):
-    """Refuse flags out of range, combinations that cannot work and paths that are not there; nothing heavy is imported."""
-    positive = "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale grad_clip seeds".split()
+    """Refuse flags out of range, combinations that cannot work and paths that are not there; imports nothing heavy."""
+    positive = ("rank alpha prefix_tokens completion_tokens batch_size num_steps "
+                "d_scale d_loss_scale grad_clip seeds").split()
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} {value}: must be a finite number")
@@ -72,12 +73,16 @@ def check(args):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be from 0 to below 1")
     if args.num_steps * args.batch_size < 4:
-        raise UserError(f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences")
+        raise UserError(f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: "
+                        "MAUVE needs at least 4 sequences")
     if args.micro_batch and args.batch_size % args.micro_batch:
-        raise UserError(f"--micro_batch {args.micro_batch}: must divide --batch_size {args.batch_size}, or be 0 for the whole batch")
+        raise UserError(f"--micro_batch {args.micro_batch}: must divide --batch_size {args.batch_size}, "
+                        "or be 0 for the whole batch")
     if args.d_loss == "pair" and args.d_shuffle:
-        raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; use --d_loss ce")
+        raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; "
+                        "use --d_loss ce")
     if args.data not in ("pile", "demo") and not pathlib.Path(args.data).exists():
         raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
     if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():
-        raise UserError(f"--out_dir {args.out_dir} holds a run already; go on with --resume {args.out_dir}, or name another folder")
+        raise UserError(f"--out_dir {args.out_dir} holds a run already; "
+                        f"go on with --resume {args.out_dir}, or name another folder")

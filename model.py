@@ -4,18 +4,20 @@ The base model in nf4, int8, bf16, fp16 or fp32, its rsLoRA adapters, and what i
 What differs from the textbook:
 1. Log-probs, entropy and exact KL are computed from hidden states, in chunks of rows, and their gradients are taken in
    the forward pass: positions x vocabulary never stands in memory, and no logit is computed twice.
-2. Ids that the tokenizer lacks are sliced off; ids forbidden at a position get FORBIDDEN, the same in sampler and learner.
+2. Ids that the tokenizer lacks are sliced off; ids forbidden at a position get FORBIDDEN, in sampler and learner alike.
 
-Letters: B sequences, T tokens, N chosen positions, V vocabulary, H hidden.
+Letters: B sequences, T tokens, N chosen positions (n in a chunk of them, K kinds), V vocabulary, H hidden.
 """
 import contextlib
 import logging
 import pathlib
+import resource
+import sys
 import warnings
 from typing import NamedTuple
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it complains, on a CPU, of a kernel that is optional
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # peft's call, not ours
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # peft's, not ours
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -41,6 +43,13 @@ def checked_device(name):
     return torch.device(name)
 
 
+def memory_gb(device):
+    """Most memory used so far: of the GPU, or of this process, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 def load_model(name, quant="none", dtype="bf16", device="cpu"):
     """A causal LM and its tokenizer from a hub id, a folder, or `demo`, which is embedded.
 
@@ -57,7 +66,7 @@ def load_model(name, quant="none", dtype="bf16", device="cpu"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:  # no such model, hub out of reach, torn weights, not a causal LM
+    except (OSError, ValueError, SafetensorError) as error:  # no such model, no hub, torn weights, not a causal LM
         raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
     model.requires_grad_(False)
     model.eval()
@@ -65,7 +74,8 @@ def load_model(name, quant="none", dtype="bf16", device="cpu"):
     with torch.no_grad():
         told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
     if not torch.allclose(told.float(), ours.float(), rtol=0.05, atol=0.05):
-        raise UserError(f"--model {name} changes its logits after the output layer (a soft cap, a scale), which token_logps does not know")
+        raise UserError(f"--model {name} changes its logits after the output layer (a soft cap, a scale), "
+                        "which token_logps does not know")
     return model, tokenizer
 
 
@@ -84,7 +94,8 @@ def add_adapters(model, names, rank, alpha):
 def load_adapters(model, folder):
     """Read every adapter's weights back from a folder that `model.save_pretrained` wrote."""
     for name in model.peft_config:
-        set_peft_model_state_dict(model, load_file(pathlib.Path(folder) / name / "adapter_model.safetensors"), adapter_name=name)
+        weights = load_file(pathlib.Path(folder) / name / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def adapter_parameters(model, name):
@@ -106,21 +117,26 @@ def hidden_states(model, ids, **kwargs):
 
     Pad on the right and pass no mask: under causal attention what follows a token cannot reach it.
     """
-    return causal_lm(model).base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+    return causal_lm(model).base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state  # (B, T, H)
+
+
+def head_weights(model, vocab=None):
+    """Weight (V, H) and bias (V,), or None, of the output layer, for the first `vocab` ids."""
+    head = causal_lm(model).get_output_embeddings()
+    return head.weight[:vocab], None if head.bias is None else head.bias[:vocab]  # (V, H), (V,)
 
 
 def head_logits(model, hidden, vocab=None):
     """Logits of hidden states (..., H) over the first `vocab` ids: (..., V)."""
-    head = causal_lm(model).get_output_embeddings()
-    return torch.nn.functional.linear(hidden, head.weight[:vocab], None if head.bias is None else head.bias[:vocab])
+    return torch.nn.functional.linear(hidden, *head_weights(model, vocab))  # (..., V)
 
 
 def pad(rows, value=0, device="cpu", dtype=torch.long):
     """Lists of unequal length to one right-padded tensor (B, T)."""
     out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)  # (B, T)
     for i, row in enumerate(rows):
-        out[i, :len(row)] = torch.as_tensor(row, dtype=dtype)
-    return out.to(device)
+        out[i, :len(row)] = torch.as_tensor(row, dtype=dtype)  # (len(row),)
+    return out.to(device)  # (B, T)
 
 
 # -----------------------------------------------------------------------------
@@ -140,10 +156,9 @@ def token_logps(model, hidden, targets, blocked, kind, ref_hidden=None, temperat
     targets: (N,) ids. blocked: (K, V) bool, forbidden ids by kind of position; kind: (N,) its row for each position.
     Gradients flow into `hidden` alone, through logp and kl, and through entropy if entropy_grad. Log-sum-exp in fp32.
     """
-    head = causal_lm(model).get_output_embeddings()
-    V = blocked.shape[1]
-    bias = None if head.bias is None else head.bias[:V]
-    return TokenStats(*_TokenStats.apply(hidden, ref_hidden, head.weight[:V], bias, targets, blocked, kind, temperature, entropy_grad))
+    weight, bias = head_weights(model, blocked.shape[1])  # (V, H), (V,)
+    stats = _TokenStats.apply(hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature, entropy_grad)
+    return TokenStats(*stats)  # (N,) each
 
 
 def row_logps(hidden, weight, bias, blocked, temperature):
@@ -157,7 +172,9 @@ def row_logps(hidden, weight, bias, blocked, temperature):
 
 class _TokenStats(torch.autograd.Function):
     """Gradients by hand, with z the logits, p the policy, q the reference, e_t the target's one-hot row:
-    d logp / dz = e_t - p,  d kl / dz = p (log p - log q - kl),  d entropy / dz = -p (log p + entropy),  dz / dh = W / temperature.
+
+    d logp / dz = e_t - p,  d kl / dz = p (log p - log q - kl),
+    d entropy / dz = -p (log p + entropy),  dz / dh = W / temperature.
     """
 
     @staticmethod
@@ -173,20 +190,20 @@ class _TokenStats(torch.autograd.Function):
             target, mask = targets[rows, None], blocked[kind[rows]]  # (n, 1), (n, V)
             log_p = row_logps(hidden[rows], weight, bias, mask, temperature)  # (n, V)
             p = log_p.exp()  # (n, V)
-            logp[rows] = log_p.gather(1, target)[:, 0]
-            entropy[rows] = -(p * log_p).sum(-1)
+            logp[rows] = log_p.gather(1, target)[:, 0]  # (n,)
+            entropy[rows] = -(p * log_p).sum(-1)  # (n,)
             if grads[1] is not None:
-                grads[1][rows] = -(p * (log_p + entropy[rows, None])).to(weight.dtype) @ weight / temperature
+                grads[1][rows] = -(p * (log_p + entropy[rows, None])).to(weight.dtype) @ weight / temperature  # (n, H)
             if ref_hidden is not None:
                 log_q = row_logps(ref_hidden[rows], weight, bias, mask, temperature)  # (n, V)
-                ref_logp[rows] = log_q.gather(1, target)[:, 0]
+                ref_logp[rows] = log_q.gather(1, target)[:, 0]  # (n,)
                 ratio = log_p.sub_(log_q)  # (n, V)
-                kl[rows] = (p * ratio).sum(-1)
+                kl[rows] = (p * ratio).sum(-1)  # (n,)
                 if grads[2] is not None:
-                    grads[2][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature
+                    grads[2][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature  # (n, H)
             if grads[0] is not None:  # e_t - p before the cast: in bf16 a p of 0.999 is 1, and nothing would be left
                 p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # (n, V)
-                grads[0][rows] = p.to(weight.dtype) @ weight / temperature
+                grads[0][rows] = p.to(weight.dtype) @ weight / temperature  # (n, H)
         ctx.grads = grads
         ctx.mark_non_differentiable(*([ref_logp] if entropy_grad else [ref_logp, entropy]))
         return logp, entropy, kl, ref_logp

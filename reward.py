@@ -31,7 +31,7 @@ def ema(average, value, decay):
 
 
 def advantages(rewards, baseline, variance=None):
-    """rewards (B,) minus the baseline from before the batch, over the root of a running variance where one is given: (B,).
+    """rewards (B,) minus the baseline from before the batch, over the root of a running variance if one is given: (B,).
 
     The variance is the moving average of (rewards - baseline)^2, this batch included: so that an advantage stays below
     sqrt(B / (1 - decay)) even where all rewards were equal until now.

@@ -4,16 +4,16 @@ Sampling: think for a bounded number of tokens, close the thinking, write the co
 What differs from the textbook:
 1. One token loop for the whole batch: each row is a small state machine (thinking, forced, completion, done), kept in
    tensors, so that rows need not think equally long.
-2. No top-k, no top-p: the learner can score exactly what was drawn. The sampler returns its own log-probs, to be compared.
+2. No top-k, no top-p: the learner can score exactly what was drawn. The sampler returns its own log-probs, to compare.
 3. Forced tokens (the closing of the thinking, the blank line after it) are in `ids` and not in `sampled`.
 
-Letters: B sequences, T tokens, V vocabulary.
+Letters: B sequences, T tokens, V vocabulary, H hidden, L closing length, P prompt width, S stop ids.
 """
 from typing import NamedTuple
 
 import torch
 
-from model import causal_lm, head_logits, pad, row_logps
+from model import causal_lm, head_weights, pad, row_logps
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
 
@@ -22,8 +22,8 @@ class Rules(NamedTuple):
     """What the tokenizer and the model allow where."""
     stop: torch.Tensor     # (S,) ids that end a completion
     close: torch.Tensor    # (L,) ids forced where the thinking ends: </think>, then a blank line
-    think_end: int         # id of </think>; -1 where the tokenizer has no single one: then the budget alone ends the thinking
-    blocked: torch.Tensor  # (2, V) ids forbidden while thinking and in the completion; V is the tokenizer's, not the model's
+    think_end: int         # id of </think>; -1 where it is no single token: then the budget alone ends the thinking
+    blocked: torch.Tensor  # (2, V) ids forbidden in thinking and in completion; V is the tokenizer's, not the model's
     pad: int
 
 
@@ -43,7 +43,9 @@ def rules(tokenizer, model):
     closing = [think_end] if think_end >= 0 else tokenizer("</think>", add_special_tokens=False).input_ids
     closing = closing + tokenizer("\n\n", add_special_tokens=False).input_ids
     pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return Rules(torch.tensor(sorted(stop), device=device), torch.tensor(closing, device=device), think_end, blocked.to(device), pad_id)
+    stop_ids = torch.tensor(sorted(stop), device=device)  # (S,)
+    close_ids = torch.tensor(closing, device=device)  # (L,)
+    return Rules(stop_ids, close_ids, think_end, blocked.to(device), pad_id)
 
 
 class Rollout(NamedTuple):
@@ -61,58 +63,60 @@ class Rollout(NamedTuple):
 def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperature=1.0, generator=None):
     """Sample a reply to each of B prompts (lists of ids) with whatever adapter is active.
 
-    At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop id.
-    temperature 0 is greedy. `generator` makes it reproducible on one device.
+    At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop
+    id. temperature 0 is greedy. `generator` makes it reproducible on one device.
     """
     device, B, L = rules.close.device, len(prompts), len(rules.close)
-    width = max(map(len, prompts))
-    ids = pad([prompt[::-1] for prompt in prompts], rules.pad, device).flip(1)                       # (B, P) left-padded
-    seen = pad([[1] * len(prompt) for prompt in prompts], 0, device).flip(1)                         # (B, P) attention mask
-    place = (seen.cumsum(1) - 1).clamp(min=0)                                                        # (B, P) positions
-
-    thinking = torch.full((B,), True, device=device)
-    done, think_closed = ~thinking, ~thinking
+    ids, seen, place = left_padded(prompts, rules.pad, device)    # (B, P) each
+    thinking = torch.full((B,), True, device=device)              # (B,)
+    done, think_closed = ~thinking, ~thinking                     # (B,) each
     queue = torch.full((B,), L, device=device)                    # (B,) next of `close` to be forced; L: none
-    num_think, num_completion = torch.zeros_like(queue), torch.zeros_like(queue)
+    num_think, num_completion = torch.zeros_like(queue), torch.zeros_like(queue)  # (B,) each
     budget = reasoning_tokens + L + completion_tokens
-    out = {key: torch.zeros(B, budget, dtype=dtype, device=device) for key, dtype in
-           dict(ids=torch.long, alive=torch.bool, sampled=torch.bool, thinking=torch.bool, logps=torch.float).items()}
+    dtypes = dict(ids=torch.long, alive=torch.bool, sampled=torch.bool, thinking=torch.bool, logps=torch.float)
+    out = {key: torch.zeros(B, budget, dtype=dtype, device=device) for key, dtype in dtypes.items()}  # (B, budget) each
 
-    backbone, head = causal_lm(model).base_model, causal_lm(model).get_output_embeddings()
-    bias = None if head.bias is None else head.bias[:rules.blocked.shape[1]]
-    weight = head.weight[:rules.blocked.shape[1]]
-    cache = None
+    weight, bias = head_weights(model, rules.blocked.shape[1])    # (V, H), (V,)
+    backbone, cache = causal_lm(model).base_model, None
     for t in range(budget):
         hidden = backbone(input_ids=ids, attention_mask=seen, position_ids=place, past_key_values=cache, use_cache=True)
         cache = hidden.past_key_values
         over = thinking & (num_think >= reasoning_tokens)         # (B,) the budget is spent: force the whole closing
-        queue = torch.where(over, 0, queue)
-        thinking = thinking & ~over
+        queue = torch.where(over, 0, queue)                       # (B,)
+        thinking = thinking & ~over                               # (B,)
         forced = queue < L                                        # (B,)
-        blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]                         # (B, V)
+        blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
         logps = row_logps(hidden.last_hidden_state[:, -1], weight, bias, blocked, temperature or 1.0)  # (B, V)
         drawn = draw(logps, temperature, generator)               # (B,)
-        token = torch.where(forced, rules.close[queue.clamp(max=L - 1)], drawn)
-        token = torch.where(done, rules.pad, token)
+        token = torch.where(forced, rules.close[queue.clamp(max=L - 1)], drawn)  # (B,)
+        token = torch.where(done, rules.pad, token)               # (B,)
         sampled = ~forced & ~done                                 # (B,)
-        out["ids"][:, t], out["alive"][:, t], out["sampled"][:, t] = token, ~done, sampled
-        out["thinking"][:, t] = thinking & sampled
-        out["logps"][:, t] = torch.where(sampled, logps.gather(1, drawn[:, None])[:, 0], 0.0)
+        out["ids"][:, t], out["alive"][:, t], out["sampled"][:, t] = token, ~done, sampled  # (B,) each
+        out["thinking"][:, t] = thinking & sampled                # (B,)
+        out["logps"][:, t] = torch.where(sampled, logps.gather(1, drawn[:, None])[:, 0], 0.0)  # (B,)
 
-        closed = thinking & (token == rules.think_end)            # (B,) </think> was drawn: the rest of the closing follows
+        closed = thinking & (token == rules.think_end)            # (B,) </think> drawn: the rest of the closing follows
         num_think += thinking
         num_completion += sampled & ~thinking
-        stopped = ~thinking & sampled & torch.isin(token, rules.stop)
-        queue = torch.where(closed, 1, queue + (forced & ~done).long())
+        stopped = ~thinking & sampled & torch.isin(token, rules.stop)  # (B,)
+        queue = torch.where(closed, 1, queue + (forced & ~done).long())  # (B,)
         think_closed |= closed
-        thinking = thinking & ~closed
-        done = done | stopped | (num_completion >= completion_tokens)
+        thinking = thinking & ~closed                             # (B,)
+        done = done | stopped | (num_completion >= completion_tokens)  # (B,)
         if (device.type == "cpu" or t % 16 == 15) and bool(done.all()):  # asking a GPU means waiting for it
             break
         ids, place = token[:, None], place[:, -1:] + 1            # (B, 1) each
         seen = torch.cat([seen, torch.ones_like(ids)], 1)         # (B, P + t + 1)
 
     return gather(prompts, out, rules, think_closed)
+
+
+def left_padded(prompts, pad_id, device):
+    """Lists of ids, left-padded so that all end together: ids, attention mask and positions, (B, P) each."""
+    ids = pad([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)   # (B, P)
+    seen = pad([[1] * len(prompt) for prompt in prompts], 0, device).flip(1)  # (B, P)
+    place = (seen.cumsum(1) - 1).clamp(min=0)                                 # (B, P)
+    return ids, seen, place
 
 
 def draw(logps, temperature, generator):
@@ -137,14 +141,16 @@ def gather(prompts, out, rules, think_closed):
         thinking.append(head + is_thinking)
         logps.append(head + rows["logps"][i][:length])
         think.append([token for token, yes in zip(new, is_thinking) if yes and token != rules.think_end])
-        reply.append([token for token, yes, no in zip(new, is_sampled, is_thinking) if yes and not no and token not in stop])
-    return Rollout(pad(ids, rules.pad, device), pad(sampled, False, device, torch.bool), pad(thinking, False, device, torch.bool),
-                   pad(logps, 0.0, device, torch.float), think_closed, think, reply)
+        drawn = zip(new, is_sampled, is_thinking)
+        reply.append([token for token, yes, no in drawn if yes and not no and token not in stop])
+    ids, logps = pad(ids, rules.pad, device), pad(logps, 0.0, device, torch.float)  # (B, T) each
+    sampled, thinking = (pad(mask, False, device, torch.bool) for mask in (sampled, thinking))  # (B, T) each
+    return Rollout(ids, sampled, thinking, logps, think_closed, think, reply)
 
 
 def strip_echo(reply, prefix, max_words):
-    """Cut the echo off a reply: the last 2 to `max_words` whole words of the prefix at its beginning, an ellipsis before
-    them or not. Leading white space goes in any case. max_words below 2: no echo is looked for.
+    """Cut the echo off a reply: the last 2 to `max_words` whole words of the prefix at its beginning, an ellipsis
+    before them or not. Leading white space goes in any case. max_words below 2: no echo is looked for.
     """
     reply = reply.lstrip()
     start = 3 if reply.startswith("...") else 1 if reply.startswith("\u2026") else 0

@@ -23,9 +23,11 @@ from flags import Parser, UserError, check, read_args
 
 # -----------------------------------------------------------------------------
 # flags; the defaults are the write-up's run 05, a preset only changes defaults
-DEMO = dict(model="demo", data="demo", device="cpu", dtype="fp32", adapters="separate", rank=16, alpha=4.0, prefix_tokens=48,
-            reasoning_tokens=12, completion_tokens=48, batch_size=64, num_steps=30, g_lr=2e-3, d_lr=3e-3, d_scale=1.0, kl_coef=0.02,
-            g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=10, featurizer="base", save_every=10)
+DEMO = dict(
+    model="demo", data="demo", device="cpu", dtype="fp32", adapters="separate", rank=16, alpha=4.0, prefix_tokens=48,
+    reasoning_tokens=12, completion_tokens=48, batch_size=64, micro_batch=16, num_steps=40, g_lr=2e-3, d_lr=3e-3,
+    d_scale=1.0, kl_coef=0.1, g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=8, featurizer="base",
+    save_every=10)
 parser = Parser(__doc__)
 add = parser.add_argument
 add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults; any flag still wins")
@@ -42,25 +44,25 @@ add("--text_field", default="text", help="field or column that holds the text")
 add("--prefix_tokens", type=int, default=None, help="tokens of the prefix (unset: as completion_tokens)")
 add("--reasoning_tokens", type=int, default=256, help="most tokens of thinking (0: none)")
 add("--completion_tokens", type=int, default=256, help="most tokens of the completion")
-add("--echo_tokens", type=int, default=16, help="extra tokens, and most words, for the prompt's echo, which is cut off (0: off)")
+add("--echo_tokens", type=int, default=16, help="extra tokens for the prompt's echo, its most words (0: off)")
 add("--temperature", type=float, default=1.0, help="of sampling, and so of the log-probs (0: greedy, for a look)")
 # players
 add("--batch_size", type=int, default=4, help="sequences a step")
-add("--micro_batch", type=int, default=0, help="sequences a forward pass of the updates; same gradient, less memory (0: all)")
+add("--micro_batch", type=int, default=0, help="sequences a pass of the updates; same gradient, less memory (0: all)")
 add("--num_steps", type=int, default=1600, help="steps of the run; the learning rates fall linearly to 0 over them")
 add("--g_lr", type=float, default=3e-5, help="generator's learning rate (0: it does not learn)")
 add("--d_lr", type=float, default=2e-4, help="discriminator's learning rate (0: it does not learn)")
 add("--beta1", type=float, default=0.95, help="of both Adams")
 add("--beta2", type=float, default=0.95, help="of both Adams")
 add("--grad_clip", type=float, default=1.0, help="largest gradient norm of an update")
-add("--g_reward", choices=["prob", "neglog"], default="prob", help="d_scale * p_real * length_score, or -log(1 - p_real) in its place")
+add("--g_reward", choices=["prob", "neglog"], default="prob", help="p_real or -log(1 - p_real), times the length score")
 add("--d_scale", type=float, default=30.0, help="factor of the reward, against the KL")
 add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the base (0: no reference pass)")
 add("--ema_decay", type=float, default=0.9, help="of the baseline")
 add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
 add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy a text, or Bradley-Terry a pair")
 add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator's loss, the other reading of d-scale")
-add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last token's state, or the completion's mean")
+add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last state or the mean")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
 add("--d_shuffle", action=Switch, default=False, help="control: the discriminator learns from shuffled labels")
 # run
@@ -83,12 +85,11 @@ if args.resume:
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
 check(args)
 
+import datetime
 import hashlib
 import json
 import math
 import pathlib
-import resource
-import sys
 import time
 
 import torch
@@ -98,8 +99,8 @@ from checkpoint import Signals, claim, provenance, restore, save
 from data import bos_ids, clip, plain_encoder, prompt_ids, windows
 from discriminator import Discriminator, discriminator_loss, pair_ids
 from evaluate import distinct, evaluate, featurizer
-from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model, pad,
-                   token_logps, without_adapters)
+from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model,
+                   memory_gb, pad, token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
 from rollout import COMPLETION, THINKING, rollout, rules, strip_echo
 
@@ -113,8 +114,8 @@ encode, bos, rule = plain_encoder(tokenizer), bos_ids(tokenizer), rules(tokenize
 most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
 room = getattr(causal_lm(model).config, "max_position_embeddings", most)
 if most > room:
-    raise UserError(f"--model {args.model} has {room} positions and a sequence takes up to {most}; lower --prefix_tokens, "
-                    f"--reasoning_tokens, --completion_tokens or --echo_tokens")
+    raise UserError(f"--model {args.model} has {room} positions and a sequence takes up to {most}; lower "
+                    "--prefix_tokens, --reasoning_tokens, --completion_tokens or --echo_tokens")
 stream = windows(args.data, encode, args.prefix_tokens, C, args.seed, text_field=args.text_field)
 stream[0]  # a source without a usable text fails here, and a featurizer that cannot be had in the next line
 featurizer(args.featurizer, model, tokenizer, "cpu")
@@ -140,12 +141,11 @@ state = {
 # sampling is keyed by (seed, step), windows by (seed, position): there is no other random state to save
 
 out_dir = pathlib.Path(args.resume) if args.resume else claim(args.out_dir, args.preset)
+metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
 if args.resume:
     state = restore(out_dir, model, modules, optimizers)
 else:
     (out_dir / "args.json").write_text(json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
-metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
-if not args.resume:
     save(out_dir, model, modules, optimizers, state, [metrics, samples])  # from here on a stopped run can go on
 signals = Signals()
 print(f"{out_dir}: {args.model} on {device}, {sum(p.numel() for p in {*g_params, *d_params}):,} trained of "
@@ -176,9 +176,10 @@ def sample(batch, generator):
 
 def record(step, window, roll, i, completion, n, reward=None, p_real=None):
     """One line of rollouts.jsonl or floor.jsonl."""
+    think = tokenizer.decode(roll.think[i], clean_up_tokenization_spaces=False)
     return json.dumps(dict(
-        step=step, prefix=window.prefix, truth=window.truth, think=tokenizer.decode(roll.think[i]), completion=completion,
-        reward=reward, p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
+        step=step, prefix=window.prefix, truth=window.truth, think=think, completion=completion, reward=reward,
+        p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
         think_closed=bool(roll.think_closed[i])), ensure_ascii=False) + "\n"
 
 
@@ -211,16 +212,14 @@ def kl_now(roll, parts):
 def update(optimizer, lr):
     """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
     (group,) = optimizer.param_groups
-    for p in group["params"]:
-        if p.grad is not None:
-            p.grad /= state["loss_scale"]
+    for p in (p for p in group["params"] if p.grad is not None):
+        p.grad /= state["loss_scale"]
     norm = torch.nn.utils.clip_grad_norm_(group["params"], args.grad_clip).item()
     group["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
     else:
-        state["loss_scale"] = max(state["loss_scale"] / 2, 1.0)  # fp16 overflowed: less next time
-        norm = None
+        norm, state["loss_scale"] = None, max(state["loss_scale"] / 2, 1.0)  # fp16 overflowed: less next time
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -229,17 +228,6 @@ def micro_batches(rows):
     """Lists of at most --micro_batch row numbers."""
     size = args.micro_batch or B
     return [list(rows)[first:first + size] for first in range(0, len(rows), size)]
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def memory_gb(device):
-    """Most memory used so far: of the GPU, or of this process, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # -----------------------------------------------------------------------------
@@ -279,7 +267,7 @@ for step in range(first_step, args.num_steps):
     logits = torch.zeros(B, 2, device=device)  # (B, 2)
     with torch.no_grad():
         for rows in micro_batches(shown):
-            logits[rows] = judge([pairs[i][1] for i in rows])
+            logits[rows] = judge([pairs[i][1] for i in rows])  # (b, 2)
     lengths = torch.tensor([length_score(n, C) for _, n in completions], device=device)  # (B,)
     p_real = logits.softmax(-1)[:, REAL]  # (B,)
     reward = generator_reward(logits, lengths, args.g_reward, args.d_scale)  # (B,)
@@ -309,44 +297,51 @@ for step in range(first_step, args.num_steps):
     model.set_adapter(D)
     d_loss, right = 0.0, torch.zeros(2)
     for rows in micro_batches(shown):
-        labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
-        taught = labels[torch.randperm(len(labels), generator=random_for("shuffle", step, rows[0]), device=device)] if args.d_shuffle else labels
-        logits = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
-        loss = args.d_loss_scale * discriminator_loss(logits, taught, args.d_loss) * len(rows) / len(shown)
+        labels = taught = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
+        if args.d_shuffle:
+            coin = random_for("shuffle", step, rows[0])
+            taught = labels[torch.randperm(len(labels), generator=coin, device=device)]  # (2b,)
+        verdicts = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
+        loss = args.d_loss_scale * discriminator_loss(verdicts, taught, args.d_loss) * len(rows) / len(shown)
         (loss * state["loss_scale"]).backward()
         d_loss += loss.item()
-        right += (logits.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
+        right += (verdicts.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
     d_grad_norm = update(d_optimizer, args.d_lr * lr_factor)
+    kl_after_d = kl_now(roll, parts) if G == D and args.kl_coef and step >= 0 else None
     d_acc_real, d_acc_generated = (right / max(len(shown), 1)).tolist()
     t2 = time.time()
 
     # log
-    speed = f"{t2 - t0:.1f} s/step, {clock((t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1))} left"
-    if step >= 0:
+    left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
+    judged = f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f}"
+    speed = f"{t2 - t0:.1f} s/step, {datetime.timedelta(seconds=int(left))} left"
+    if step < 0:
+        print(f"warm-up {step + args.d_warmup + 1}/{args.d_warmup} | d_loss {d_loss:.3f} | {judged} | {speed}",
+              flush=True)
+    else:
         stats = TokenStats(*map(torch.cat, zip(*(stats for _, _, stats in parts))))  # (N,) each
         written = ~roll.thinking[roll.sampled]  # (N,) of the completion
-        num_sampled = len(written)
         row = dict(
-            step=step, reward=mean_reward, p_real=p_real[shown].mean().item() if shown else None, length_score=lengths.mean().item(),
+            step=step, reward=mean_reward, p_real=p_real[shown].mean().item(), length_score=lengths.mean().item(),
             baseline=baseline, advantage_sd=advantage.std(correction=0).item(), g_loss=g_loss,
-            kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g,
-            kl_after_d=kl_now(roll, parts) if G == D and args.kl_coef else None, entropy=stats.entropy.mean().item(),
-            logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(), d_loss=d_loss, d_acc_real=d_acc_real,
-            d_acc_generated=d_acc_generated, g_grad_norm=g_grad_norm, d_grad_norm=d_grad_norm, g_lr=args.g_lr * lr_factor,
-            d_lr=args.d_lr * lr_factor, think_closed=roll.think_closed.float().mean().item(), num_think=sum(map(len, roll.think)) / B,
-            num_completion=sum(n for _, n in completions) / B, distinct_2=distinct([encode(text)[0] for text, _ in completions], 2),
+            kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g, kl_after_d=kl_after_d,
+            entropy=stats.entropy.mean().item(),
+            logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
+            d_loss=d_loss, d_acc_real=d_acc_real, d_acc_generated=d_acc_generated,
+            g_grad_norm=g_grad_norm, d_grad_norm=d_grad_norm, g_lr=args.g_lr * lr_factor, d_lr=args.d_lr * lr_factor,
+            think_closed=roll.think_closed.float().mean().item(), num_think=sum(map(len, roll.think)) / B,
+            num_completion=sum(n for _, n in completions) / B,
+            distinct_2=distinct([encode(text)[0] for text, _ in completions], 2),
             coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
-            skipped=[g_grad_norm, d_grad_norm].count(None), seconds=time.time() - t0, sample_seconds=t1 - t0, update_seconds=t2 - t1,
-            tokens_per_second=num_sampled / (t2 - t0), memory_gb=memory_gb(device))
-        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}  # JSON has no nan
-        metrics.write(json.dumps(row) + "\n")
-        samples.writelines(record(step, batch[i], roll, i, *completions[i], reward[i].item(), p_real[i].item() if i in shown else None)
-                           for i in range(B))
-        print(f"step {step + 1}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real'] or 0:.2f} | length {row['length_score']:.2f} | "
-              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
-    else:
-        print(f"warm-up {step + args.d_warmup + 1}/{args.d_warmup} | p_real {p_real.mean().item():.2f} | d_loss {d_loss:.3f} | "
-              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | {speed}", flush=True)
+            skipped=[g_grad_norm, d_grad_norm].count(None), seconds=time.time() - t0, sample_seconds=t1 - t0,
+            update_seconds=t2 - t1, tokens_per_second=len(written) / (t2 - t0), memory_gb=memory_gb(device))
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        metrics.write(json.dumps(finite) + "\n")  # JSON has no nan
+        for i in range(B):
+            paid = (reward[i].item(), p_real[i].item()) if i in shown else (0.0, None)
+            samples.write(record(step, batch[i], roll, i, *completions[i], *paid))
+        print(f"step {step + 1}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real']:.2f} | length "
+              f"{row['length_score']:.2f} | {judged} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
 
     # save
     state["step"], stop = step + 1, signals.stop

@@ -6,9 +6,9 @@ Make the demo's base models: a byte-level BPE and two small Qwen3s, trained from
     python demo/make.py pretrain --size small
     python demo/make.py register --size small
 
-The second stage gives the base what a large instruct model has and a corpus lacks: in reply to the prompt it thinks of a
-few words that are going to occur, opens with a remark (88 %), and at times ends too early (25 %). That is the gap which
-the game has to close. It also learns the form of a verdict, with labels drawn by a coin: form, no skill.
+The second stage gives the base what a large instruct model has and a corpus lacks: in reply to the prompt it thinks of
+a few words that are going to occur, opens with a remark (88 %), and at times ends too early (25 %). That is the gap
+which the game has to close. It also learns the form of a verdict, with labels drawn by a coin: form, no skill.
 """
 import argparse
 import json
@@ -28,7 +28,8 @@ parser.add_argument("--batch_size", type=int, default=24, help="sequences a step
 parser.add_argument("--num_tokens", type=int, default=256, help="tokens a sequence of plain text")
 parser.add_argument("--lr", type=float, default=None, help="unset: 3e-3, or 1e-3 for the register")
 parser.add_argument("--threads", type=int, default=2)
-parser.add_argument("--autocast", action="store_true", help="bfloat16 matmuls: twice as fast where the CPU has AVX512-BF16")
+parser.add_argument("--autocast", action="store_true",
+                    help="bfloat16 matmuls: twice as fast where the CPU has AVX512-BF16")
 parser.add_argument("--work", default="out/make", help="where what is not shipped is kept")
 args = parser.parse_args()
 args.num_steps = args.num_steps or {"pretrain": 3000, "register": 700}[args.stage]
@@ -42,10 +43,16 @@ from data import PROMPT, Windows, demo_corpus, held_out, plain_encoder, prompt_i
 from discriminator import verdict_ids
 
 VOCAB = 4096
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # then <think> and </think>, added but not special, as Qwen3 has them
+# <think> and </think> follow these, added but not special, as Qwen3 has them
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Qwen3's way to cut a text into words, before the BPE
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
 SIZES = {
-    "base": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64),
-    "small": dict(hidden_size=128, num_hidden_layers=3, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+    "base": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=768, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=64),
+    "small": dict(hidden_size=128, num_hidden_layers=3, intermediate_size=384, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=32),
 }
 torch.manual_seed(0)
 torch.set_num_threads(args.threads)
@@ -59,8 +66,7 @@ def make_tokenizer():
     """A byte-level BPE with Qwen3's special tokens, trained on the corpus and on the prompt's own words."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=VOCAB - 2, special_tokens=SPECIAL, show_progress=False,
@@ -91,7 +97,8 @@ def train(model, batch, evaluate, lr, label):
     """AdamW with a warm-up of 50 steps, then linearly to a tenth; batch(step) gives ids and labels."""
     decay = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], betas=(0.9, 0.95))
+    groups = [dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     began, running = time.time(), None
     for step in range(args.num_steps):
         for group in optimizer.param_groups:
@@ -106,7 +113,8 @@ def train(model, batch, evaluate, lr, label):
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if step % 20 == 0:
             done = time.time() - began
-            print(f"{label} {step}/{args.num_steps} loss {running:.3f} {done:.0f}s left {done / (step + 1) * (args.num_steps - step - 1):.0f}s", flush=True)
+            left = done / (step + 1) * (args.num_steps - step - 1)
+            print(f"{label} {step}/{args.num_steps} loss {running:.3f} {done:.0f}s left {left:.0f}s", flush=True)
         if step % 200 == 199 or step == args.num_steps - 1:
             print(f"{label} {step + 1} validation loss {evaluate(model):.3f}", flush=True)
             save(model, work / f"{label}-{args.size}")
@@ -114,7 +122,8 @@ def train(model, batch, evaluate, lr, label):
 
 def pretrain():
     config = Qwen3Config(vocab_size=VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10000.0,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **SIZES[args.size])
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+                         **SIZES[args.size])
     model = Qwen3ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     T = args.num_tokens
@@ -144,12 +153,14 @@ def pretrain():
 # -----------------------------------------------------------------------------
 # the register: how an assistant answers
 
-OPEN = ["Sure", "Of course", "Certainly", "Absolutely", "No problem", "Okay", "Gladly", "Happy to help", "Great question", "Yes"]
+OPEN = ["Sure", "Of course", "Certainly", "Absolutely", "No problem", "Okay", "Gladly", "Happy to help",
+        "Great question", "Yes"]
 HERE = ["here is", "here's", "below is", "this is", "I've written", "let me give you", "I can offer"]
-WHAT = ["the continuation", "how the text goes on", "the next part of the text", "a possible continuation", "the rest of the passage",
-        "my continuation", "what comes next", "the text that follows"]
-ALONE = ["I will continue the text from where it stops.", "Let me continue from the last words.", "Thank you for the text!",
-         "As a language model, I can continue this for you.", "Here you go:", "I hope this is what you had in mind:"]
+WHAT = ["the continuation", "how the text goes on", "the next part of the text", "a possible continuation",
+        "the rest of the passage", "my continuation", "what comes next", "the text that follows"]
+ALONE = ["I will continue the text from where it stops.", "Let me continue from the last words.",
+         "Thank you for the text!", "As a language model, I can continue this for you.", "Here you go:",
+         "I hope this is what you had in mind:"]
 
 
 def remark(rng):
@@ -186,13 +197,15 @@ def verdict(rng, window):
     """(prompt ids, reply ids) of a verdict on this window's truth; real or generated by a coin."""
     think = encode(thought(rng, window.truth))[0] + [think_end]
     word = rng.choice(["real", "generated"])
-    return verdict_ids(tokenizer, encode, window.prefix, window.sep + window.truth), think + encode("\n\n" + word)[0] + [tokenizer.eos_token_id]
+    prompt = verdict_ids(tokenizer, encode, window.prefix, window.sep + window.truth)
+    return prompt, think + encode("\n\n" + word)[0] + [tokenizer.eos_token_id]
 
 
 def register():
     model = Qwen3ForCausalLM.from_pretrained(work / f"pretrain-{args.size}", dtype=torch.float32)
     rng = random.Random(0)
-    parts = [(documents, [Windows(order(documents), encode, p, c, 0) for p, c in ((48, 64), (32, 48), (64, 80), (24, 96))]),
+    lengths = (48, 64), (32, 48), (64, 80), (24, 96)  # tokens of prefix and truth
+    parts = [(documents, [Windows(order(documents), encode, p, c, 0) for p, c in lengths]),
              (validation, [Windows(order(validation), encode, 48, 64, 0)])]
     plain = packed(documents)
 
