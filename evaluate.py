@@ -30,7 +30,7 @@ def distinct(sequences, n):
     return len(grams) / grams.total() if grams else None
 
 
-def mauve_of(truth, generated, seeds=5):
+def mauve_of(truth, generated, seeds):
     """MAUVE between two feature matrices (N, H), over seeds of k-means.
 
     Returns a dict: mauve and mauve_star (its smoothed variant), means; _sd; num_buckets; per_seed.

@@ -50,7 +50,7 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def load_model(name, quant="none", dtype="bf16", device="cpu"):
+def load_model(name, quant, dtype, device):
     """A causal LM and its tokenizer from a hub id, a folder, or `demo`, which is embedded.
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.

@@ -28,7 +28,7 @@ def shared(name):
 @pytest.fixture(scope="session")
 def demo():
     """The demo's base model and tokenizer."""
-    return load_model("demo", dtype="fp32")
+    return load_model("demo", "none", "fp32", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def tiny_folder(demo, tmp_path_factory):
 @pytest.fixture
 def tiny(tiny_folder):
     """The tiny model with two adapters whose weights are not zero, and its tokenizer."""
-    model, tokenizer = load_model(tiny_folder, dtype="fp32")
+    model, tokenizer = load_model(tiny_folder, "none", "fp32", "cpu")
     torch.manual_seed(1)
     model = add_adapters(model, ["generator", "discriminator"], 4, 2.0)
     for name, p in model.named_parameters():

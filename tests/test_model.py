@@ -110,13 +110,13 @@ def test_our_logits_equal_the_models_own(tiny):
 
 
 def test_the_adapters_scale_is_alpha_over_the_root_of_the_rank(tiny_folder):
-    model = add_adapters(load_model(tiny_folder, dtype="fp32")[0], ["shared"], 64, 8.0)
+    model = add_adapters(load_model(tiny_folder, "none", "fp32", "cpu")[0], ["shared"], 64, 8.0)
     scales = {module.scaling["shared"] for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)}
     assert scales == {1.0}
 
 
 def test_adapters_cover_all_linear_layers_but_the_head_and_start_as_the_base(tiny_folder):
-    base, _ = load_model(tiny_folder, dtype="fp32")
+    base, _ = load_model(tiny_folder, "none", "fp32", "cpu")
     ids = torch.randint(0, 4000, (1, 9))
     before = hidden_states(base, ids)
     model = add_adapters(base, ["generator", "discriminator"], 4, 2.0)
@@ -129,7 +129,7 @@ def test_adapters_cover_all_linear_layers_but_the_head_and_start_as_the_base(tin
 def test_without_adapters_the_model_is_its_base(tiny, tiny_folder):
     model, _ = tiny
     ids = torch.randint(0, 4000, (1, 9))
-    base, _ = load_model(tiny_folder, dtype="fp32")
+    base, _ = load_model(tiny_folder, "none", "fp32", "cpu")
     with without_adapters(model):
         assert torch.equal(hidden_states(model, ids), hidden_states(base, ids))
     assert not torch.equal(hidden_states(model, ids), hidden_states(base, ids))
@@ -138,5 +138,5 @@ def test_without_adapters_the_model_is_its_base(tiny, tiny_folder):
 @pytest.mark.parametrize("name", ["no/such-model-here", "/no/such/folder"])
 def test_a_model_that_cannot_be_loaded_is_one_line(name, capsys):
     with pytest.raises(SystemExit) as error:
-        load_model(name)
+        load_model(name, "none", "fp32", "cpu")
     assert error.value.code == 2 and "--model" in error.value.message and "\n" not in error.value.message

@@ -150,7 +150,7 @@ def test_the_same_generator_gives_the_same_rollout(tiny):
 
 
 def test_a_tokenizer_without_think_tokens_ends_thinking_by_budget_alone():
-    model, tokenizer = load_model(str(shared("stories260k")), dtype="fp32")
+    model, tokenizer = load_model(str(shared("stories260k")), "none", "fp32", "cpu")
     rule = rules(tokenizer, model)
     assert rule.think_end == -1 and tokenizer.eos_token_id in rule.stop.tolist()
     prompts = prompts_of(tokenizer)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -160,11 +159,16 @@ def test_real_pile_documents_and_another_architecture_train(tmp_path):
     (["--resume", "no/such/run"], "no/such/run"),
     (["--resume", "out/x", "--num_steps", "9"], "--num_steps"),
 ])
-def test_a_wrong_flag_ends_within_a_second_in_one_line(flags, wanted):
-    began = time.time()
+def test_a_wrong_flag_ends_in_one_line(flags, wanted):
     told = run(*flags)
     assert told.returncode == 2 and told.stderr.count("\n") == 1 and wanted in told.stderr and told.stdout == ""
-    assert "--resume" in flags or time.time() - began < 1
+
+
+def test_a_wrong_flag_is_told_before_anything_heavy_is_imported():
+    code = ("import runpy, sys\nsys.argv = ['train.py', '--beta1', '1']\ntry:\n    runpy.run_path('train.py')\n"
+            "except SystemExit as end:\n    print(end.code, {'torch', 'transformers', 'numpy'} & set(sys.modules))")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert told.stdout == "2 set()\n"
 
 
 @pytest.mark.parametrize("flags, wanted", [
