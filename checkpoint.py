@@ -130,5 +130,5 @@ class Signals:
     def note(self, number, frame):
         self.stop = number
         name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step, then saving; once more to stop at once", flush=True)
+        print(f"\n{name}: finishing what is under way; once more to stop at once", flush=True)
         signal.signal(number, signal.SIG_DFL)

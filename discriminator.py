@@ -36,7 +36,7 @@ class Discriminator(nn.Module):
     at zero, so that p_real starts at exactly one half.
     """
 
-    def __init__(self, hidden_size, pool="last"):
+    def __init__(self, hidden_size, pool):
         super().__init__()
         self.pool = pool
         self.norm = nn.LayerNorm(hidden_size)
@@ -75,7 +75,7 @@ def pair_ids(encode, bos, prefix, sep, truth, completion):
     return tuple(texts)
 
 
-def discriminator_loss(logits, labels, kind="ce"):
+def discriminator_loss(logits, labels, kind):
     """Loss of logits (B, 2): a scalar.
 
     ce: mean cross-entropy with labels (B,). pair: Bradley-Terry on the two texts of a prefix (GAD, arXiv 2511.10643),

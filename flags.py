@@ -38,9 +38,14 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown flag {unknown[0]}{advice}")
         return args
 
-    def given(self, argv=None):
+    def given(self):
         """The flags that stand on the command line, as typed."""
-        return [word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")]
+        return [word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+
+    def peek(self, flag):
+        """The value that one flag has on the command line, unchecked; None where it has none."""
+        words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
+        return next((value for name, value in zip(words, words[1:]) if name == flag), None)
 
     def error(self, message):
         raise UserError(message)
@@ -75,9 +80,6 @@ def check(args):
     if args.num_steps * args.batch_size < 4:
         raise UserError(f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: "
                         "MAUVE needs at least 4 sequences")
-    if args.micro_batch and args.batch_size % args.micro_batch:
-        raise UserError(f"--micro_batch {args.micro_batch}: must divide --batch_size {args.batch_size}, "
-                        "or be 0 for the whole batch")
     if args.d_loss == "pair" and args.d_shuffle:
         raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; "
                         "use --d_loss ce")

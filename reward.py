@@ -13,7 +13,7 @@ def length_score(n, completion_tokens):
     return min(n / completion_tokens, 1.0)
 
 
-def generator_reward(logits, length_scores, kind="prob", d_scale=1.0):
+def generator_reward(logits, length_scores, kind, d_scale):
     """What the generator is paid: (B,) from the discriminator's logits (B, 2) and length scores (B,).
 
     prob:   d_scale * p_real * length_score

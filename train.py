@@ -74,7 +74,7 @@ add("--device", default="cuda", help="cuda, cuda:1, cpu, ...")
 add("--out_dir", default=None, help="folder of the run (unset: out/<preset>-<next free number>)")
 add("--save_every", type=int, default=100, help="steps between checkpoints (0: only at the end)")
 add("--resume", default=None, help="folder of a run to go on with; needs no other flag")
-if parser.parse_args().preset == "demo":
+if parser.peek("--preset") == "demo":
     parser.set_defaults(**DEMO)
 args = parser.parse_args()
 if args.resume:
@@ -106,6 +106,7 @@ from rollout import COMPLETION, THINKING, rollout, rules, strip_echo
 
 # -----------------------------------------------------------------------------
 # seed, device, model, data
+# B sequences (b in a micro-batch), R and C most tokens of thinking and completion, T tokens, N sampled ones, H hidden
 B, R, C = args.batch_size, args.reasoning_tokens, args.completion_tokens
 device = checked_device(args.device)
 torch.manual_seed(args.seed)
@@ -141,10 +142,10 @@ state = {
 # sampling is keyed by (seed, step), windows by (seed, position): there is no other random state to save
 
 out_dir = pathlib.Path(args.resume) if args.resume else claim(args.out_dir, args.preset)
-metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
-if args.resume:
+if args.resume:  # also cuts the files back to the checkpoint, so it comes before they are opened
     state = restore(out_dir, model, modules, optimizers)
-else:
+metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
+if not args.resume:
     (out_dir / "args.json").write_text(json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
     save(out_dir, model, modules, optimizers, state, [metrics, samples])  # from here on a stopped run can go on
 signals = Signals()
@@ -153,7 +154,7 @@ print(f"{out_dir}: {args.model} on {device}, {sum(p.numel() for p in {*g_params,
 
 
 # -----------------------------------------------------------------------------
-# the loop's verbs; they read what stands above, which the loop never rebinds
+# the loop's verbs; they read the names above, and only `update` changes any of it: weights and state["loss_scale"]
 
 def random_for(*key):
     """A generator on the device, keyed by seed and purpose, so that a step can be sampled again."""
@@ -170,7 +171,7 @@ def sample(batch, generator):
         text = tokenizer.decode(reply, clean_up_tokenization_spaces=False).rstrip("\ufffd")  # a character cut in two
         text = strip_echo(text, window.prefix, args.echo_tokens)
         text, n = clip(encode, window.prefix + window.sep, text, C)
-        completions.append((text, min(n, len(reply))))  # a special token that reads as five is still one
+        completions.append((text, min(n, len(reply))))  # a special token, read as plain text, is five: count it once
     return roll, completions
 
 
@@ -186,12 +187,12 @@ def record(step, window, roll, i, completion, n, reward=None, p_real=None):
 def judge(texts):
     """The discriminator's logits (B, 2) for texts of (ids, mask of the completion)."""
     ids, mask = (pad(part, 0, device, kind) for part, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T)
-    return head(hidden_states(model, ids), mask)
+    return head(hidden_states(model, ids), mask)  # (B, 2)
 
 
 def sampled_hidden(roll, rows):
-    """States that predict the sampled tokens of some rows: (N, H)."""
-    return hidden_states(model, roll.ids[rows])[:, :-1][roll.sampled[rows, 1:]]
+    """States that predict the sampled tokens of some rows: the state at t - 1 for the token at t."""
+    return hidden_states(model, roll.ids[rows])[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
 
 
 def sampled_stats(roll, rows, ref_hidden):
@@ -199,7 +200,7 @@ def sampled_stats(roll, rows, ref_hidden):
     mask = roll.sampled[rows]  # (b, T)
     kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
     hidden, targets = sampled_hidden(roll, rows), roll.ids[rows][mask]  # (N, H), (N,)
-    return token_logps(model, hidden, targets, rule.blocked, kind, ref_hidden, args.temperature or 1.0)
+    return token_logps(model, hidden, targets, rule.blocked, kind, ref_hidden, args.temperature or 1.0)  # (N,) each
 
 
 def kl_now(roll, parts):
@@ -262,8 +263,8 @@ for step in range(first_step, args.num_steps):
 
     # reward: what the discriminator, as it stands, makes of the completions; an empty one earns 0 and is not shown
     model.set_adapter(D)
-    pairs = [pair_ids(encode, bos, *window, text) for window, (text, _) in zip(batch, completions)]
-    shown = [i for i, pair in enumerate(pairs) if pair]
+    pairs = [pair_ids(encode, bos, w.prefix, w.sep, w.truth, text) for w, (text, _) in zip(batch, completions)]
+    shown = [i for i, pair in enumerate(pairs) if pair]  # a pair: (real ids, mask), (generated ids, mask)
     logits = torch.zeros(B, 2, device=device)  # (B, 2)
     with torch.no_grad():
         for rows in micro_batches(shown):
@@ -272,7 +273,7 @@ for step in range(first_step, args.num_steps):
     p_real = logits.softmax(-1)[:, REAL]  # (B,)
     reward = generator_reward(logits, lengths, args.g_reward, args.d_scale)  # (B,)
 
-    # generator step: REINFORCE against the baseline from before this batch, and the KL to the base
+    # generator step: REINFORCE against the baseline from before this batch, and the KL to the base; not in the warm-up
     if step >= 0:
         model.set_adapter(G)
         mean_reward = reward.mean().item()
@@ -286,7 +287,7 @@ for step in range(first_step, args.num_steps):
                 ref_hidden = sampled_hidden(roll, rows) if args.kl_coef else None  # (N, H)
             stats = sampled_stats(roll, rows, ref_hidden)
             each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
-            loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))
+            loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))  # ()
             (loss * state["loss_scale"]).backward()
             g_loss += loss.item()
             parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))
@@ -295,14 +296,13 @@ for step in range(first_step, args.num_steps):
 
     # discriminator step: the real and the generated text of every prefix, in one batch
     model.set_adapter(D)
-    d_loss, right = 0.0, torch.zeros(2)
+    d_loss, right = 0.0, torch.zeros(2)  # (2,)
     for rows in micro_batches(shown):
-        labels = taught = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
-        if args.d_shuffle:
-            coin = random_for("shuffle", step, rows[0])
-            taught = labels[torch.randperm(len(labels), generator=coin, device=device)]  # (2b,)
+        labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
+        shuffle = torch.randperm(len(labels), generator=random_for("shuffle", step, rows[0]), device=device)  # (2b,)
+        taught = labels[shuffle] if args.d_shuffle else labels  # (2b,)
         verdicts = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
-        loss = args.d_loss_scale * discriminator_loss(verdicts, taught, args.d_loss) * len(rows) / len(shown)
+        loss = args.d_loss_scale * discriminator_loss(verdicts, taught, args.d_loss) * len(rows) / len(shown)  # ()
         (loss * state["loss_scale"]).backward()
         d_loss += loss.item()
         right += (verdicts.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
@@ -340,7 +340,7 @@ for step in range(first_step, args.num_steps):
         for i in range(B):
             paid = (reward[i].item(), p_real[i].item()) if i in shown else (0.0, None)
             samples.write(record(step, batch[i], roll, i, *completions[i], *paid))
-        print(f"step {step + 1}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real']:.2f} | length "
+        print(f"step {step}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real']:.2f} | length "
               f"{row['length_score']:.2f} | {judged} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
 
     # save
@@ -348,7 +348,7 @@ for step in range(first_step, args.num_steps):
     if stop or step + 1 == args.num_steps or args.save_every and (step + 1) % args.save_every == 0:
         save(out_dir, model, modules, optimizers, state, [metrics, samples])
     if stop:
-        print(f"stopped after step {step + 1}; go on with: python train.py --resume {out_dir}")
+        print(f"stopped after step {step}; go on with: python train.py --resume {out_dir}")
         raise SystemExit(128 + stop)
 
 # -----------------------------------------------------------------------------

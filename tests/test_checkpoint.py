@@ -7,7 +7,7 @@ from model import adapter_parameters
 
 
 def everything(model):
-    head = Discriminator(32)
+    head = Discriminator(32, "last")
     optimizers = {name: torch.optim.Adam(adapter_parameters(model, name), lr=0.1) for name in ("generator", "discriminator")}
     return head, optimizers
 

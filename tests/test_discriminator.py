@@ -52,10 +52,10 @@ def test_training_the_discriminator_leaves_the_generators_gradients_untouched(ti
     before = [p.grad.clone() for p in adapter_parameters(model, "generator")]
     assert any(g.abs().sum() > 0 for g in before)
     model.set_adapter("discriminator")
-    head = Discriminator(32)
+    head = Discriminator(32, "last")
     torch.nn.init.normal_(head.linear.weight)
     logits = head(hidden_states(model, ids), torch.ones(2, 12, dtype=torch.bool))
-    discriminator_loss(logits, torch.tensor([REAL, 1 - REAL])).backward()
+    discriminator_loss(logits, torch.tensor([REAL, 1 - REAL]), "ce").backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(adapter_parameters(model, "generator"), before))
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter_parameters(model, "discriminator"))
 

@@ -34,6 +34,10 @@ def test_the_two_commands_install_what_is_pinned():
     assert "pip install -q -r requirements.txt\npython -m pytest -q tests\n" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_no_number_is_left_open():
+    assert "@@" not in README
+
+
 def test_every_file_in_the_map_exists_and_every_script_is_in_it():
     mapped = re.findall(r"^\| `([\w./]+)` \|", README, re.M)
     names = {name for name in mapped if name.endswith((".py", ".md", "/"))}

@@ -29,12 +29,12 @@ def test_reward_equals_the_table(kind, d_scale, length, wanted):
 @pytest.mark.parametrize("kind", ["prob", "neglog"])
 def test_reward_rises_with_the_real_class_and_is_never_negative(kind):
     logits = torch.tensor([[40.0, -40.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-    reward = generator_reward(logits, torch.ones(4), kind)
+    reward = generator_reward(logits, torch.ones(4), kind, 1.0)
     assert (reward >= 0).all() and (reward.diff() > 0).all()
 
 
 def test_neglog_stays_finite_where_the_discriminator_is_sure():
-    assert generator_reward(torch.tensor([[-200.0, 200.0]]), torch.ones(1), "neglog").item() == pytest.approx(400.0)
+    assert generator_reward(torch.tensor([[-200.0, 200.0]]), torch.ones(1), "neglog", 1.0).item() == pytest.approx(400.0)
 
 
 def test_ema_starts_at_the_first_batch_and_lags_after_it():
@@ -68,12 +68,12 @@ def test_policy_loss_and_its_gradient_equal_hand_values():
 
 def test_p_real_learns_to_name_the_real_class():
     torch.manual_seed(0)
-    head, mask = Discriminator(8), torch.ones(2, 3, dtype=torch.bool)
+    head, mask = Discriminator(8, "last"), torch.ones(2, 3, dtype=torch.bool)
     hidden = torch.randn(2, 3, 8)
     assert head(hidden, mask).softmax(-1)[:, REAL].tolist() == [0.5, 0.5]
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     for _ in range(100):
-        discriminator_loss(head(hidden, mask), torch.tensor([REAL, 1 - REAL])).backward()
+        discriminator_loss(head(hidden, mask), torch.tensor([REAL, 1 - REAL]), "ce").backward()
         optimizer.step()
         optimizer.zero_grad()
     real, generated = head(hidden, mask).softmax(-1)[:, REAL].tolist()

@@ -12,7 +12,7 @@ from conftest import ROOT, shared
 TINY = ("--preset demo --batch_size 4 --num_steps 3 --d_warmup 1 --prefix_tokens 16 --reasoning_tokens 4 --completion_tokens 12 "
         "--echo_tokens 4 --floor_sequences 6 --seeds 2 --rank 4").split()
 METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl kl_after_d entropy logp_gap d_loss d_acc_real d_acc_generated
-    g_grad_norm d_grad_norm g_lr d_lr think_closed num_think num_completion distinct_2 coherence skipped seconds sample_seconds update_seconds
+    g_grad_norm d_grad_norm g_lr d_lr kl_after_g think_closed num_think num_completion distinct_2 coherence skipped seconds sample_seconds update_seconds
     tokens_per_second memory_gb""".split()
 ROLLOUT = "step prefix truth think completion reward p_real length_score n_think n_completion think_closed".split()
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_is_promised(finished):
     assert provenance["args"]["batch_size"] == 4 and "torch" in provenance["versions"] and "commit" in provenance
     assert {path.name for path in (out / "ckpt").iterdir()} >= {"generator", "discriminator", "head.safetensors", "state.pt"}
     assert (out / "ckpt" / "generator" / "adapter_model.safetensors").exists()
-    for word in ("floor", "result", "ceiling", "left", "warm-up 1/1", "step 3/3"):
+    for word in ("floor", "result", "ceiling", "left", "warm-up 1/1", "step 2/3"):
         assert word in told
 
 
@@ -80,17 +80,22 @@ def same_run(one, other):
     a, b = ([{k: v for k, v in row.items() if k not in noisy} for row in lines(folder / "metrics.jsonl")] for folder in (one, other))
     assert a == b
     from safetensors.torch import load_file
-    for player in ("generator", "discriminator"):
+    for player in {"generator", "discriminator", "shared"} & {path.name for path in (one / "ckpt").iterdir()}:
         x, y = (load_file(folder / "ckpt" / player / "adapter_model.safetensors") for folder in (one, other))
         assert x.keys() == y.keys() and all((x[key] == y[key]).all() for key in x)
 
 
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(finished, tmp_path):
-    out = tmp_path / "two"
+@pytest.mark.parametrize("adapters", ["separate", "shared"])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(adapters, finished, tmp_path):
+    whole, out = finished[0], tmp_path / "two"
+    if adapters == "shared":
+        whole = tmp_path / "one"
+        assert run(*TINY, "--adapters", adapters, "--out_dir", whole).returncode == 0
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *TINY, "--out_dir", out], stdout=subprocess.PIPE, text=True, env=env)
+    words = [sys.executable, ROOT / "train.py", *TINY, "--adapters", adapters, "--out_dir", out]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
     for line in process.stdout:
-        if line.startswith("step 1/"):
+        if line.startswith("step 0/"):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stdout.read()
@@ -101,7 +106,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(finished, tmp_path):
     assert len(lines(out / "floor.jsonl")) == 6
     again = run("--resume", out)
     assert again.returncode == 0, again.stderr
-    same_run(finished[0], out)
+    same_run(whole, out)
 
 
 def test_a_run_killed_before_its_first_step_goes_on_from_the_start(finished, tmp_path):
@@ -128,7 +133,7 @@ def test_every_way_to_train_trains(flags, tmp_path):
 
 
 def test_micro_batches_give_the_same_run(finished, tmp_path):
-    told = run(*TINY, "--micro_batch", 1, "--floor_sequences", 0, "--out_dir", tmp_path / "run")
+    told = run(*TINY, "--micro_batch", 3, "--floor_sequences", 0, "--out_dir", tmp_path / "run")
     assert told.returncode == 0, told.stderr
     whole, split = (lines(folder / "metrics.jsonl")[0] for folder in (finished[0], tmp_path / "run"))
     for key in ("g_loss", "d_loss", "g_grad_norm", "d_grad_norm", "entropy", "d_acc_real"):
@@ -155,7 +160,7 @@ def test_real_pile_documents_and_another_architecture_train(tmp_path):
     (["--quant", "nf5"], "--quant"),
     (["--num_steps", "1", "--batch_size", "3"], "--num_steps"),
     (["--data", "no/such/file"], "--data"),
-    (["--micro_batch", "3"], "--micro_batch"),
+    (["--micro_batch", "-1"], "--micro_batch"),
     (["--resume", "no/such/run"], "no/such/run"),
     (["--resume", "out/x", "--num_steps", "9"], "--num_steps"),
 ])
@@ -194,6 +199,8 @@ def test_a_folder_that_holds_a_run_is_refused(finished):
     assert len(lines(finished[0] / "metrics.jsonl")) == 3
 
 
-def test_help_tells_every_flag_with_its_default():
+def test_help_tells_every_flag_with_the_presets_default():
+    told = run("--preset", "demo", "--help")
+    assert told.returncode == 0 and "(default: 3e-05)" not in told.stdout and "(default: neglog)" in told.stdout
     told = run("--help")
     assert told.returncode == 0 and "(default: 3e-05)" in told.stdout and told.stdout.count("default:") > 35
