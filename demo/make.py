@@ -1,10 +1,11 @@
 """
-Make the demo's base models: a byte-level BPE and two small Qwen3s, trained from nothing on the demo's own corpus.
+Make the demo's base model: a byte-level BPE and a small Qwen3, trained from nothing on the demo's own corpus.
 
-    python demo/make.py pretrain                 # tokenizer, then plain text: an hour on 2 cores
-    python demo/make.py register                 # then the manners of an instruct model: ten minutes
-    python demo/make.py pretrain --size small
-    python demo/make.py register --size small
+    python demo/make.py pretrain --autocast      # tokenizer, then plain text: an hour on 2 cores
+    python demo/make.py register --autocast      # then the manners of an instruct model: ten minutes; writes demo/base
+
+demo/base is what these two commands gave, the first stopped at its checkpoint of step 2,800 of 3,000 (see NOTES.md).
+`--size small` makes a model of a quarter of the size, which is not shipped yet.
 
 The second stage gives the base what a large instruct model has and a corpus lacks: in reply to the prompt it thinks of
 a few words that are going to occur, opens with a remark (88 %), and at times ends too early (25 %). That is the gap
