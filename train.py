@@ -81,7 +81,7 @@ if args.resume:
     given = [word for word in parser.given() if word != "--resume"]
     if given:
         raise UserError(f"--resume goes on with the run's own flags; {' '.join(given)} would make it another run")
-    args = Namespace(**{**read_args(args.resume), "resume": args.resume})
+    args = Namespace(**{**vars(args), **read_args(args.resume), "resume": args.resume})
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
 check(args)
 
