@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import pathlib
+import re
 import sys
 
 
@@ -83,6 +84,8 @@ def check(args):
     if args.d_loss == "pair" and args.d_shuffle:
         raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; "
                         "use --d_loss ce")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UserError(f"--device {args.device}: must be cpu, cuda, or cuda:0, cuda:1, ...")
     if args.data not in ("pile", "demo") and not pathlib.Path(args.data).exists():
         raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
     if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():

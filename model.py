@@ -35,12 +35,13 @@ CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which hold
 
 def checked_device(name):
     """The torch device of a --device flag: cpu, or a cuda that is there."""
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or number and not number.isdecimal():
-        raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there is no such GPU here; python train.py --preset demo needs none")
-    return torch.device(name)
+    return device
 
 
 def memory_gb(device):

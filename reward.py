@@ -37,7 +37,7 @@ def advantages(rewards, baseline, variance=None):
     sqrt(B / (1 - decay)) even where all rewards were equal until now.
     """
     advantage = rewards - baseline  # (B,)
-    return advantage if variance is None else advantage / (variance ** 0.5 + 1e-8)
+    return advantage if variance is None else advantage / (variance ** 0.5 + 1e-8)  # (B,)
 
 
 def policy_loss(logp, kl, advantage, kl_coef, num_positions):
@@ -46,4 +46,4 @@ def policy_loss(logp, kl, advantage, kl_coef, num_positions):
     logp, kl, advantage: (N,), one entry for each sampled position. num_positions: batch_size * (reasoning_tokens +
     completion_tokens); a constant, so that long and short completions weigh alike (Dr. GRPO, arXiv 2503.20783).
     """
-    return (-advantage * logp + kl_coef * kl).sum() / num_positions
+    return (-advantage * logp + kl_coef * kl).sum() / num_positions  # ()

@@ -81,7 +81,8 @@ if args.resume:
     given = [word for word in parser.given() if word != "--resume"]
     if given:
         raise UserError(f"--resume goes on with the run's own flags; {' '.join(given)} would make it another run")
-    args = Namespace(**{**vars(args), **read_args(args.resume), "resume": args.resume})
+    run = read_args(args.resume)
+    args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | {"resume": args.resume})
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
 check(args)
 
@@ -285,12 +286,12 @@ for step in range(first_step, args.num_steps):
         for rows in micro_batches(range(B)):
             with torch.no_grad(), without_adapters(model):
                 ref_hidden = sampled_hidden(roll, rows) if args.kl_coef else None  # (N, H)
-            stats = sampled_stats(roll, rows, ref_hidden)
+            stats = sampled_stats(roll, rows, ref_hidden)  # (N,) each
             each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
             loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))  # ()
             (loss * state["loss_scale"]).backward()
             g_loss += loss.item()
-            parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))
+            parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))  # (N,) each
         g_grad_norm = update(g_optimizer, args.g_lr * lr_factor)
         kl_after_g = kl_now(roll, parts) if G == D and args.kl_coef else None
 

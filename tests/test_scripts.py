@@ -157,6 +157,7 @@ def test_real_pile_documents_and_another_architecture_train(tmp_path):
     (["--g_lr", "-1"], "--g_lr"),
     (["--kl_coef", "nan"], "--kl_coef"),
     (["--beta1", "1"], "--beta1"),
+    (["--device", "gpu"], "--device"),
     (["--quant", "nf5"], "--quant"),
     (["--num_steps", "1", "--batch_size", "3"], "--num_steps"),
     (["--data", "no/such/file"], "--data"),
@@ -179,7 +180,6 @@ def test_a_wrong_flag_is_told_before_anything_heavy_is_imported():
 @pytest.mark.parametrize("flags, wanted", [
     ([], "--preset demo"),
     (["--preset", "demo", "--data", "empty.txt"], "--data"),
-    (["--preset", "demo", "--device", "gpu"], "--device"),
     (["--preset", "demo", "--featurizer", "no/such-model"], "--featurizer"),
     (["--preset", "demo", "--model", "no/such-model"], "--model"),
     (["--preset", "demo", "--completion_tokens", "2000"], "--completion_tokens"),
