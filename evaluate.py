@@ -8,7 +8,8 @@ Writes mauve.json and result.json into the run's folder. MAUVE (Pillutla et al.,
 mauve-text's, with c = 5, a tenth as many buckets as texts, and its other defaults.
 
 What differs from the textbook: floor, result and ceiling stand on the same prefixes and the same number of texts, since
-few texts read high; each is a mean over seeds of k-means, with its standard deviation.
+few texts read high; each is a mean over seeds of k-means, with its standard deviation, and with a 95 % interval by
+bootstrap over texts.
 """
 import collections
 import contextlib
@@ -33,9 +34,10 @@ def distinct(sequences, n):
 def mauve_of(truth, generated, seeds):
     """MAUVE between two feature matrices (N, H), over seeds of k-means.
 
-    Returns a dict: mauve and mauve_star (its smoothed variant), means; _sd; num_buckets; per_seed.
-    seeds: a number (seeds 0, 1, ...), or a list of seeds.
+    Returns a dict: mauve and mauve_star (its smoothed variant), means; _sd over seeds; interval, 95 % by bootstrap over
+    texts, see `bootstrap`; num_buckets; per_seed. seeds: a number (seeds 0, 1, ...), or a list of seeds.
     """
+    import numpy as np
     from mauve import compute_mauve
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     with quiet():
@@ -44,7 +46,41 @@ def mauve_of(truth, generated, seeds):
     scores, stars = [float(t.mauve) for t in told], [float(t.mauve_star) for t in told]
     return {"mauve": statistics.fmean(scores), "mauve_sd": statistics.pstdev(scores),
             "mauve_star": statistics.fmean(stars), "mauve_star_sd": statistics.pstdev(stars),
+            "interval": (statistics.fmean(scores) + np.quantile(
+                [bootstrap(t.p_hist, t.q_hist, len(truth), len(generated)) for t in told], (0.025, 0.975))
+                ).clip(0, 1).tolist(),
             "num_buckets": int(told[0].num_buckets), "per_seed": scores}
+
+
+def histogram_mauve(p, q, c=5.0, num_points=25):
+    """MAUVE of histograms (..., K): the area under the curve (exp(-c KL(q | r)), exp(-c KL(p | r))), r = w p + (1 - w) q,
+    over `num_points` weights w and its two ends (Pillutla et al., section 2), by trapezoids in x and in y: (...).
+    """
+    import numpy as np
+    w = np.linspace(1e-6, 1 - 1e-6, num_points)[:, None]  # (W, 1)
+    p, q = p[..., None, :], q[..., None, :]  # (..., 1, K) each
+    mixed = w * p + (1 - w) * q  # (..., W, K)
+
+    def curve(part):
+        ratio = np.divide(part, mixed, out=np.ones_like(mixed), where=part > 0)  # (..., W, K)
+        return np.exp(-c * (part * np.log(ratio)).sum(-1))  # (..., W)
+
+    ends = [(0, 0)] * (p.ndim - 2) + [(1, 1)]
+    x, y = (np.pad(side, ends, constant_values=edges) for side, edges in
+            ((curve(q), (1, 0)), (curve(p), (0, 1))))  # (..., W + 2) each: x falls, y rises
+    return 0.5 * (np.trapezoid(x, y) - np.trapezoid(y, x))  # (...)
+
+
+def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
+    """How far MAUVE moves when texts are drawn again with replacement, buckets kept: deviations (num_draws,).
+
+    They are taken from their own mean: drawing 500 texts out of 500 adds noise, which by itself lowers MAUVE.
+    """
+    import numpy as np
+    rng = np.random.default_rng(0)
+    draws = [rng.multinomial(n, hist / hist.sum(), num_draws) / n for hist, n in ((p_hist, num_p), (q_hist, num_q))]
+    scores = histogram_mauve(*draws)  # (num_draws,)
+    return scores - scores.mean()  # (num_draws,)
 
 
 @contextlib.contextmanager
@@ -166,7 +202,8 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
     result = {}
     for name in ("mauve", "floor", "ceiling"):
         score = scores.get(name)
-        result[name], result[f"{name}_sd"] = (score["mauve"], score["mauve_sd"]) if score else (None, None)
+        for key, part in ((name, "mauve"), (f"{name}_sd", "mauve_sd"), (f"{name}_interval", "interval")):
+            result[key] = score[part] if score else None
     result.update(mauve_last2000=(scores["mauve_last2000"] or {}).get("mauve"), num_last2000=len(window),
                   num_sequences=n, featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
     steps = read_lines(out_dir / "metrics.jsonl")
@@ -190,7 +227,8 @@ def print_table(out_dir, result, scores):
     for name, label in labels.items():
         score, told = scores.get(name), "none"
         if score:
-            told = f"{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   star {score['mauve_star']:.3f}"
+            low, high = score["interval"]
+            told = f"{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   95 % {low:.3f} to {high:.3f}"
         print(f"  {label:28s}{told}")
     if scores["mauve_last2000"]:
         label = f"last {num_window} (the write-up)"

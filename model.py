@@ -52,11 +52,12 @@ def memory_gb(device):
 
 
 def load_model(name, quant, dtype, device):
-    """A causal LM and its tokenizer from a hub id, a folder, or `demo`, which is embedded.
+    """A causal LM and its tokenizer from a hub id, a folder, or `demo` and `demo-small`, which are embedded.
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
     """
-    name = str(pathlib.Path(__file__).parent / "demo" / "base") if name == "demo" else name
+    embedded = {"demo": "base", "demo-small": "small"}
+    name = str(pathlib.Path(__file__).parent / "demo" / embedded[name]) if name in embedded else name
     config = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),

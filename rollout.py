@@ -111,6 +111,17 @@ def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperat
     return gather(prompts, out, rules, think_closed)
 
 
+def taught(roll, prompts, answers, rules):
+    """The rollout with given completions (B lists of ids) in place of the drawn ones; only these count as sampled."""
+    device, close = rules.close.device, rules.close.tolist()
+    heads = [prompt + think + close for prompt, think in zip(prompts, roll.think)]
+    ids = pad([head + answer for head, answer in zip(heads, answers)], rules.pad, device)  # (B, T)
+    sampled = pad([[False] * len(head) + [True] * len(answer) for head, answer in zip(heads, answers)], False, device,
+                  torch.bool)  # (B, T)
+    never = torch.full(ids.shape, torch.nan, device=device)  # (B, T) no sampler drew them
+    return roll._replace(ids=ids, sampled=sampled, thinking=torch.zeros_like(sampled), logps=never, reply=answers)
+
+
 def left_padded(prompts, pad_id, device):
     """Lists of ids, left-padded so that all end together: ids, attention mask and positions, (B, P) each."""
     ids = pad([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)   # (B, P)

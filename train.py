@@ -32,7 +32,7 @@ parser = Parser(__doc__)
 add = parser.add_argument
 add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults; any flag still wins")
 # model
-add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM; demo is embedded")
+add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM; demo and demo-small are embedded")
 add("--quant", choices=["none", "nf4", "int8"], default="none", help="quantise the base model (bitsandbytes)")
 add("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of weights, or of computation where quantised")
 add("--adapters", choices=["shared", "separate"], default="shared", help="one adapter for both players, or one each")
@@ -65,6 +65,7 @@ add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator
 add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last state or the mean")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
 add("--d_shuffle", action=Switch, default=False, help="control: the discriminator learns from shuffled labels")
+add("--sft", action=Switch, default=False, help="control: the generator is fine-tuned on the truth, at advantage 1")
 # run
 add("--floor_sequences", type=int, default=500, help="completions by the bare base model to compare with (0: no floor)")
 add("--featurizer", default="gpt2-large", help="of MAUVE: a model id, or base: the run's own base model")
@@ -103,7 +104,7 @@ from evaluate import distinct, evaluate, featurizer
 from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model,
                    memory_gb, pad, token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
-from rollout import COMPLETION, THINKING, rollout, rules, strip_echo
+from rollout import COMPLETION, THINKING, rollout, rules, strip_echo, taught
 
 # -----------------------------------------------------------------------------
 # seed, device, model, data
@@ -282,6 +283,10 @@ for step in range(first_step, args.num_steps):
         state["baseline"] = ema(state["baseline"], mean_reward, args.ema_decay)
         state["variance"] = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
         advantage = advantages(reward, baseline, state["variance"] if args.adv_norm else None)  # (B,)
+        if args.sft:  # the same loss on the truth, at advantage 1, is supervised fine-tuning
+            prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
+            roll = taught(roll, prompts, [encode(window.truth)[0][:C] for window in batch], rule)
+            advantage = torch.ones(B, device=device)  # (B,)
         parts, g_loss = [], 0.0
         for rows in micro_batches(range(B)):
             with torch.no_grad(), without_adapters(model):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import shared
-from evaluate import distinct, evaluate, featurizer, mauve_of, read_lines
+from evaluate import bootstrap, distinct, evaluate, featurizer, histogram_mauve, mauve_of, read_lines
 
 
 @pytest.mark.parametrize("name", ["gauss_shift0.0", "gauss_shift0.5", "gauss_shift2.0", "identical"])
@@ -23,6 +23,25 @@ def test_seeds_give_a_mean_and_a_spread():
     score = mauve_of(p, q, 3)
     assert len(score["per_seed"]) == 3 and score["mauve"] == pytest.approx(sum(score["per_seed"]) / 3)
     assert score["per_seed"][1] == mauve_of(p, q, [1])["mauve"]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 3.0])
+def test_mauve_of_histograms_is_the_librarys(shift):
+    from mauve import compute_mauve
+    rng = np.random.default_rng(0)
+    told = compute_mauve(p_features=rng.normal(size=(200, 8)), q_features=rng.normal(shift, size=(150, 8)), verbose=False)
+    assert histogram_mauve(told.p_hist, told.q_hist) == pytest.approx(told.mauve, abs=1e-9)
+    both = histogram_mauve(np.stack([told.p_hist, told.q_hist]), np.stack([told.q_hist, told.q_hist]))
+    assert both == pytest.approx([told.mauve, 1.0], abs=1e-9)
+
+
+def test_the_interval_is_as_wide_as_new_samples_are_apart():
+    rng = np.random.default_rng(0)
+    p, q = np.full(10, 0.1), np.array([0.28] + [0.08] * 9)
+    again = [histogram_mauve(rng.multinomial(400, p) / 400, rng.multinomial(400, q) / 400) for _ in range(400)]
+    moved = bootstrap(p, q, 400, 400)
+    assert len(moved) == 400 and abs(moved.mean()) < 1e-9 and moved.std() == pytest.approx(np.std(again), rel=0.15)
+    assert bootstrap(p, q, 4000, 4000).std() < 0.5 * moved.std()
 
 
 def test_distinct_equals_hand_values():
@@ -77,6 +96,7 @@ def test_a_run_that_copies_the_truth_scores_one_and_nonsense_scores_the_floor(tm
     result = evaluate(run, "base", 2, *demo, "cpu")
     assert result["mauve"] > 0.9 and result["floor"] < 0.1 and result["ceiling"] > 0.7 and result["num_sequences"] == 100
     assert result["num_empty"]["mauve"] == 5 and result["num_empty"]["truth"] == 0
+    assert 0 <= result["mauve_interval"][0] < result["mauve"] <= result["mauve_interval"][1] <= 1
     assert json.loads((run / "mauve.json").read_text())["scores"]["mauve"]["mauve_star"] > 0.9
     assert "fewer than 2000" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ from conftest import shared
 from data import bos_ids, plain_encoder, prompt_ids
 from model import causal_lm, hidden_states, load_model, token_logps
 from reward import policy_loss
-from rollout import COMPLETION, THINKING, rollout, rules, strip_echo
+from rollout import COMPLETION, THINKING, rollout, rules, strip_echo, taught
 
 PREFIXES = ["Return the", "A much longer prefix, so that the prompts of a batch are not of one length:\n\n    >>> x = 1", "x"]
 
@@ -82,6 +82,22 @@ def test_greedy_rollout_equals_generate_with_the_same_rules(which, tiny, demo):
             logits_processor=LogitsProcessorList([Force(rule, len(prompt), 5)]))[0].tolist()
         assert roll.ids[i, :len(wanted)].tolist() == wanted
         assert not roll.sampled[i, len(wanted):].any()
+
+
+def test_a_taught_rollout_trains_the_given_completions_after_the_drawn_thinking(tiny):
+    model, rule, roll = sampled(tiny)
+    prompts, answers = prompts_of(tiny[1]), [[100, 101, 102], [103], [104, 105]]
+    told = taught(roll, prompts, answers, rule)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        row = prompt + roll.think[i] + rule.close.tolist() + answer
+        assert told.ids[i, :len(row)].tolist() == row and told.sampled[i].sum() == len(answer)
+        assert told.ids[i][told.sampled[i]].tolist() == answer and not told.thinking[i].any()
+    model.set_adapter("generator")
+    stats, _ = learner_logps(model, rule, told, [0, 1, 2])
+    policy_loss(stats.logp, stats.kl, torch.ones(6), 0.0, 6).backward()
+    loss = torch.nn.functional.cross_entropy(causal_lm(model)(told.ids).logits[:, :-1][told.sampled[:, 1:]][:, :rule.blocked.shape[1]],
+                                             torch.tensor(sum(answers, [])))
+    assert loss.item() == pytest.approx(-stats.logp.mean().item(), rel=1e-4)
 
 
 def test_only_sampled_positions_carry_gradient_the_stop_id_among_them(tiny):

@@ -121,7 +121,7 @@ def test_a_run_killed_before_its_first_step_goes_on_from_the_start(finished, tmp
     same_run(finished[0], out)
 
 
-@pytest.mark.parametrize("flags", ["--adapters shared", "--quant nf4", "--quant int8", "--micro_batch 2 --d_loss pair --d_pool last --g_reward prob",
+@pytest.mark.parametrize("flags", ["--adapters shared", "--quant nf4", "--quant int8", "--micro_batch 2 --d_loss pair --d_pool last --g_reward prob --sft",
                                    "--adapters shared --micro_batch 1 --kl_coef 0 --reasoning_tokens 0 --dtype bf16"])
 def test_every_way_to_train_trains(flags, tmp_path):
     told = run(*TINY, *flags.split(), "--floor_sequences", 0, "--out_dir", tmp_path / "run")
