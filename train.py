@@ -306,9 +306,9 @@ for step in range(first_step, args.num_steps):
     for rows in micro_batches(shown):
         labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
         shuffle = torch.randperm(len(labels), generator=random_for("shuffle", step, rows[0]), device=device)  # (2b,)
-        taught = labels[shuffle] if args.d_shuffle else labels  # (2b,)
+        told = labels[shuffle] if args.d_shuffle else labels  # (2b,)
         verdicts = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
-        loss = args.d_loss_scale * discriminator_loss(verdicts, taught, args.d_loss) * len(rows) / len(shown)  # ()
+        loss = args.d_loss_scale * discriminator_loss(verdicts, told, args.d_loss) * len(rows) / len(shown)  # ()
         (loss * state["loss_scale"]).backward()
         d_loss += loss.item()
         right += (verdicts.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
