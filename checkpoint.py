@@ -1,12 +1,16 @@
 """
-Everything the loop changes, saved at once and restored; and the signals that ask for it.
+Everything the loop changes, saved at once and restored; and the ways in which a run ends before its end.
 
 `ckpt/` holds adapters in peft's own format, the discriminator's head as safetensors, and `state.pt`, all of one step.
 It is written beside, then renamed; the previous one stays until the new one stands.
 """
+import errno
+import fcntl
 import importlib.metadata
+import json
 import os
 import pathlib
+import pickle
 import platform
 import shutil
 import signal
@@ -14,6 +18,7 @@ import subprocess
 import sys
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flags import UserError
@@ -22,69 +27,141 @@ from model import load_adapters
 FORMAT = 1
 
 
-def save(out_dir, model, modules, optimizers, state, files):
+def save(out_dir, model, modules, optimizers, state, files, keep=0):
     """Write out_dir/ckpt.
 
     modules, optimizers: name to object, with a state_dict. state: plain values. files: the append-only files of the
-    run, whose lengths are kept, so that lines written after this moment can be cut off.
+    run, whose lengths are kept, so that lines written after this moment can be cut off. keep: so many checkpoints
+    before this one stay, as ckpt-<step>.
     """
-    out_dir = pathlib.Path(out_dir)
-    new, ckpt, old = out_dir / "ckpt.new", out_dir / "ckpt", out_dir / "ckpt.old"
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, save_embedding_layers=False)  # no question to the hub whether embeddings changed
-    for name, module in modules.items():
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, new / f"{name}.safetensors")
-    lengths = {}
-    for file in files:
-        file.flush()
-        os.fsync(file.fileno())
-        lengths[pathlib.Path(file.name).name] = file.tell()
-    saved = {"format": FORMAT, "state": state, "lengths": lengths,
-             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
-    torch.save(saved, new / "state.pt")
-    for path in new.rglob("*"):
-        if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+    new = pathlib.Path(out_dir) / "ckpt.new"
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new, save_embedding_layers=False)  # no question to the hub whether embeddings changed
+        for name, module in modules.items():
+            tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
+            save_file(tensors, new / f"{name}.safetensors")
+        lengths = {}
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+            lengths[pathlib.Path(file.name).name] = file.tell()
+        saved = {"format": FORMAT, "state": state, "lengths": lengths,
+                 "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+        torch.save(saved, new / "state.pt")
+        for path in [*new.rglob("*"), new]:
+            sync(path)
+        put_in_place(new, keep)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch tells of a full disk by a RuntimeError
+        if shortage(error) == "memory":
+            raise
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"--out_dir {out_dir}: a checkpoint could not be written ({first_line(error)}); the one before "
+                        f"it stands; make room, then: python train.py --resume {out_dir}") from None
+
+
+def put_in_place(new, keep):
+    """Rename ckpt.new to ckpt. Of the ones that stood there before, the `keep` latest stay as ckpt-<step>."""
+    folder, ckpt, old = new.parent, new.with_name("ckpt"), new.with_name("ckpt.old")
     if ckpt.exists():
         shutil.rmtree(old, ignore_errors=True)
         ckpt.rename(old)
     new.rename(ckpt)
+    sync(folder)
+    if keep and old.exists():
+        step = torch.load(old / "state.pt", weights_only=True, mmap=True)["state"]["step"]
+        if step > 0 and not old.with_name(f"ckpt-{step}").exists():
+            old.rename(old.with_name(f"ckpt-{step}"))
     shutil.rmtree(old, ignore_errors=True)
+    kept = sorted(folder.glob("ckpt-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in kept[:max(len(kept) - keep, 0)]:
+        shutil.rmtree(path)
+
+
+def sync(path):
+    """Make sure that a file, or a folder's list of names, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def restore(out_dir, model, modules, optimizers):
-    """Load what `save` wrote, cut the run's files back to that moment, and return the state."""
+    """Load what `save` wrote, cut the run's files back to that moment, and return the state.
+
+    A checkpoint that is missing, cut short, or of another model or version is one line, and nothing is cut then.
+    """
     out_dir = pathlib.Path(out_dir)
     ckpt = next((out_dir / name for name in ("ckpt", "ckpt.old") if (out_dir / name / "state.pt").exists()), None)
     if ckpt is None:
         raise UserError(f"--resume {out_dir}: there is no checkpoint in it; start the run anew with another --out_dir")
-    saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
-    if saved["format"] != FORMAT:
-        raise UserError(f"--resume {out_dir}: its checkpoint has format {saved['format']}, this version reads {FORMAT}")
-    load_adapters(model, ckpt)
-    for name, module in modules.items():
-        module.load_state_dict(load_file(ckpt / f"{name}.safetensors"))
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(saved["optimizers"][name])
+    try:
+        saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
+        if saved["format"] != FORMAT:
+            raise ValueError(f"its format is {saved['format']}, this version reads {FORMAT}")
+        for name, length in saved["lengths"].items():
+            if (out_dir / name).stat().st_size < length:
+                raise ValueError(f"{name} is shorter than when it was saved")
+        load_adapters(model, ckpt)
+        for name, module in modules.items():
+            module.load_state_dict(load_file(ckpt / f"{name}.safetensors"))
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError,
+            pickle.UnpicklingError) as error:
+        earlier = ", ".join(sorted(path.name for path in out_dir.glob("ckpt-*")))
+        advice = f"; earlier ones are there, rename one to ckpt: {earlier}" if earlier else ""
+        raise UserError(f"--resume {out_dir}: {ckpt.name} cannot be used ({first_line(error)}): it is cut short, or of "
+                        f"another model or version{advice}") from None
     for name, length in saved["lengths"].items():
         os.truncate(out_dir / name, length)
     return saved["state"]
 
 
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# -----------------------------------------------------------------------------
+# the run's folder
+
 def claim(out_dir, preset):
-    """Make the run's own folder: out_dir, or out/<preset>-<next free number>."""
-    if out_dir is None:
-        number = 1
-        while os.path.exists(f"out/{preset}-{number}"):
-            number += 1
-        out_dir = f"out/{preset}-{number}"
-    out_dir = pathlib.Path(out_dir)
+    """Make the run's own folder, out_dir or out/<preset>-<next free number>, and hold it."""
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        if out_dir is None:
+            number = 1
+            pathlib.Path("out").mkdir(exist_ok=True)
+            while not made(f"out/{preset}-{number}"):
+                number += 1
+            out_dir = f"out/{preset}-{number}"
+        pathlib.Path(out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out_dir {out_dir} cannot be made: {error}") from None
-    return out_dir
+        raise UserError(f"--out_dir {out_dir or 'out'} cannot be made: {error}") from None
+    hold(out_dir)
+    if (pathlib.Path(out_dir) / "args.json").exists():  # another process was faster, after the flags were checked
+        raise UserError(f"--out_dir {out_dir} holds a run already; name another folder")
+    return pathlib.Path(out_dir)
+
+
+def made(folder):
+    """Make a folder; False where there is one already, so that of two processes one gets it."""
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        return False
+    return True
+
+
+def hold(out_dir):
+    """Lock a run's folder until this process ends, however it ends; one that another process holds is refused."""
+    number = os.open(out_dir, os.O_RDONLY)  # stays open: closing it would let go
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out_dir} is in use by another process; wait for it, or choose another --out_dir") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def provenance(device):
@@ -114,21 +191,76 @@ def provenance(device):
     }
 
 
+def trace_resume(out_dir, device):
+    """Note in args.json by which command and which versions a run was gone on with."""
+    path = pathlib.Path(out_dir) / "args.json"
+    run = json.loads(path.read_text())
+    run["resumed"] = run.get("resumed", []) + [provenance(device)]
+    write_whole(path, json.dumps(run, indent=2) + "\n")
+
+
+def write_whole(path, text):
+    """Write a file beside, then rename it, so that it is never there by half."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    beside.rename(path)
+
+
+# -----------------------------------------------------------------------------
+# ends before the end
+
 class Signals:
     """Turns the first SIGINT or SIGTERM into `stop`, its number, for the loop to look at; a second one ends at once."""
 
     def __init__(self):
-        self.stop = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.stop, self.before = 0, {number: signal.signal(number, self.note) for number in
+                                     (signal.SIGINT, signal.SIGTERM)}
 
     def default(self):
-        """Give both signals back their usual meaning."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """Give both signals back the meaning they had."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         self.stop = number
         name = signal.Signals(number).name
         print(f"\n{name}: finishing what is under way; once more to stop at once", flush=True)
         signal.signal(number, signal.SIG_DFL)
+
+
+def shortage(error):
+    """"memory" or "disk" where an error says that it ran out, or cannot be written to; None for any other error."""
+    told = str(error)
+    allocators = "can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in told for words in allocators):
+        return "memory"
+    full = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+    return "disk" if isinstance(error, OSError) and error.errno in full else None
+
+
+def last_words(out_dir, needs, save_whole):
+    """A sys.excepthook: where memory or disk ran out, a run ends in one line with status 1 or 2, not in a traceback.
+
+    needs: GiB of memory by purpose, from `memory_needs`. save_whole() saves the run if it can, and returns whether.
+    """
+    def hook(kind, error, trace):
+        short = shortage(error)
+        if short is None:
+            return sys.__excepthook__(kind, error, trace)
+        resume, stands = f"python train.py --resume {out_dir}", "the last checkpoint stands"
+        if short == "memory":
+            try:
+                stands = "all whole steps were saved" if save_whole() else stands
+            except SystemExit:  # the disk is full too, which has been said
+                pass
+            parts = ", ".join(f"{purpose} {gib:.1f}" for purpose, gib in needs.items())
+            message = (f"out of memory ({first_line(error)}); {stands}; about {sum(needs.values()):.1f} GiB are wanted "
+                       f"({parts}); go on with: {resume} --micro_batch 1, or start anew with --quant nf4, or with a "
+                       "smaller --batch_size, --prefix_tokens, --reasoning_tokens or --completion_tokens")
+        else:
+            message = f"--out_dir {out_dir}: {first_line(error)}; {stands}; make room, then: {resume}"
+        sys.stdout.flush()
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        os._exit(1 if short == "memory" else 2)  # at once: what is left in a file's buffer cannot be written either
+    return hook

@@ -8,19 +8,31 @@ import json
 import math
 import pathlib
 import re
+import signal
 import sys
 
 
 class UserError(SystemExit):
     """A user's mistake: says `message` in one line on standard error and ends the program with status 2.
 
-    The message tells what was given, what is allowed, and which flag to change.
+    The message tells what was given, what is allowed, and which flag to change. Control characters are escaped.
     """
 
-    def __init__(self, message):
-        super().__init__(2)
-        self.message = " ".join(str(message).split())
+    def __init__(self, message, status=2):
+        super().__init__(status)
+        self.message = escaped(" ".join(str(message).split()))
         print(f"error: {self.message}", file=sys.stderr)
+
+
+def escaped(text):
+    """Text that cannot move a terminal's cursor, change its colours or its direction: what is not printable, by number."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def interrupted(number, frame):
+    """Ctrl-C while nothing is lost by it: one line, status 130."""
+    print("\nstopped", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +49,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(typed, known, 1, 0.5)
             advice = f", did you mean {near[0]}?" if near else "; --help lists them all"
             raise UserError(f"unknown flag {unknown[0]}{advice}")
+        signal.signal(signal.SIGINT, interrupted)  # the imports that follow take seconds, and a model minutes
         return args
 
     def given(self):
@@ -75,6 +88,10 @@ def check(args):
             raise UserError(f"--{name} {value}: must not be negative")
         if name in positive and value == 0:
             raise UserError(f"--{name} 0: must be above 0")
+        if value == "":
+            raise UserError(f"--{name} is empty; leave the flag out for its default")
+        if isinstance(value, int) and value >= 2 ** 63:
+            raise UserError(f"--{name} {value}: must be below 2 to the 63")
     for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be from 0 to below 1")
@@ -84,10 +101,17 @@ def check(args):
     if args.d_loss == "pair" and args.d_shuffle:
         raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; "
                         "use --d_loss ce")
+    if args.sft and args.d_shuffle:
+        raise UserError("--sft learns from the truth and not from the discriminator, so --d_shuffle has no effect; "
+                        "give one of the two")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise UserError(f"--device {args.device}: must be cpu, cuda, or cuda:0, cuda:1, ...")
     if args.data not in ("pile", "demo") and not pathlib.Path(args.data).exists():
         raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
+    if args.model.startswith((".", "/", "~")) and not pathlib.Path(args.model).is_dir():
+        raise UserError(f"--model {args.model}: there is no such folder; give a folder, a hub id, or demo")
+    if args.out_dir and pathlib.Path(args.out_dir).is_file():
+        raise UserError(f"--out_dir {args.out_dir} is a file; name a folder")
     if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():
         raise UserError(f"--out_dir {args.out_dir} holds a run already; "
                         f"go on with --resume {args.out_dir}, or name another folder")

@@ -51,6 +51,22 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def memory_needs(model, num_trained, num_tokens, batch_size, micro_batch):
+    """What a run takes, roughly, in GiB by purpose, for sequences of num_tokens.
+
+    Adapters are fp32, with gradients and two moments. A layer keeps about 34 H bytes a token in 16 bits (Korthikanti et
+    al. 2022, arXiv 2205.05198, section 4, without the attention scores); fp32 adapters, whose inputs are cast, double it.
+    """
+    config, base = causal_lm(model).config.get_text_config(), causal_lm(model)
+    frozen = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    states = 2 * config.num_hidden_layers * heads * head_dim * base.get_output_embeddings().weight.element_size()
+    parts = {"weights": frozen, "adapters": 16 * num_trained, "cache": states * batch_size * num_tokens,
+             "activations": 68 * config.hidden_size * config.num_hidden_layers * micro_batch * num_tokens}
+    return {purpose: size / 2**30 for purpose, size in parts.items()}
+
+
 def load_model(name, quant, dtype, device):
     """A causal LM and its tokenizer from a hub id, a folder, or `demo` and `demo-small`, which are embedded.
 
@@ -72,6 +88,9 @@ def load_model(name, quant, dtype, device):
         raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
     model.requires_grad_(False)
     model.eval()
+    for module in model.modules():  # bitsandbytes would repack nf4 weights for AVX512, in a form that has no gradient
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
     with torch.no_grad():
         told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
@@ -97,6 +116,9 @@ def load_adapters(model, folder):
     """Read every adapter's weights back from a folder that `model.save_pretrained` wrote."""
     for name in model.peft_config:
         weights = load_file(pathlib.Path(folder) / name / "adapter_model.safetensors")
+        if len(weights) != len(adapter_parameters(model, name)):
+            raise ValueError(f"adapter {name} has {len(weights)} tensors, the model "
+                             f"{len(adapter_parameters(model, name))}")
         set_peft_model_state_dict(model, weights, adapter_name=name)
 
 

@@ -28,6 +28,7 @@ DEMO = dict(
     reasoning_tokens=12, completion_tokens=48, batch_size=64, micro_batch=16, num_steps=40, g_lr=2e-3, d_lr=3e-3,
     d_scale=1.0, kl_coef=0.1, g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=8, featurizer="base",
     save_every=10)
+MAY_CHANGE = "micro_batch device featurizer seeds save_every keep max_bad_steps".split()  # on --resume
 parser = Parser(__doc__)
 add = parser.add_argument
 add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults; any flag still wins")
@@ -74,16 +75,21 @@ add("--seed", type=int, default=0, help="of adapters, data and sampling")
 add("--device", default="cuda", help="cuda, cuda:1, cpu, ...")
 add("--out_dir", default=None, help="folder of the run (unset: out/<preset>-<next free number>)")
 add("--save_every", type=int, default=100, help="steps between checkpoints (0: only at the end)")
-add("--resume", default=None, help="folder of a run to go on with; needs no other flag")
+add("--keep", type=int, default=0, help="earlier checkpoints to keep, as ckpt-<step> (0: none)")
+add("--max_bad_steps", type=int, default=10, help="steps in a row without a finite update that end the run (0: none)")
+add("--resume", default=None, help="folder of a run to go on with; needs no other flag, and takes few")
 if parser.peek("--preset") == "demo":
     parser.set_defaults(**DEMO)
 args = parser.parse_args()
 if args.resume:
-    given = [word for word in parser.given() if word != "--resume"]
-    if given:
-        raise UserError(f"--resume goes on with the run's own flags; {' '.join(given)} would make it another run")
+    given = [word.removeprefix("--") for word in parser.given()]
+    another = [f"--{name}" for name in given if name not in (*MAY_CHANGE, "resume")]
+    if another:
+        raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another run; "
+                        f"only --{', --'.join(MAY_CHANGE)} may change")
     run = read_args(args.resume)
-    args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | {"resume": args.resume})
+    changed = {name: getattr(args, name) for name in given}
+    args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | changed)
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
 check(args)
 
@@ -92,17 +98,18 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import Signals, claim, provenance, restore, save
+from checkpoint import Signals, claim, hold, last_words, provenance, restore, save, trace_resume, write_whole
 from data import bos_ids, clip, plain_encoder, prompt_ids, windows
 from discriminator import Discriminator, discriminator_loss, pair_ids
 from evaluate import distinct, evaluate, featurizer
 from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model,
-                   memory_gb, pad, token_logps, without_adapters)
+                   memory_gb, memory_needs, pad, token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
 from rollout import COMPLETION, THINKING, rollout, rules, strip_echo, taught
 
@@ -140,18 +147,33 @@ state = {
     "baseline": None,  # moving averages of the batch's mean reward, and of its squared distance from the baseline
     "variance": None,
     "loss_scale": 2.0 ** 14 if args.dtype == "fp16" else 1.0,  # lifts small gradients above fp16's floor
+    "bad_steps": 0,  # in a row, up to now
 }
 # sampling is keyed by (seed, step), windows by (seed, position): there is no other random state to save
 
 out_dir = pathlib.Path(args.resume) if args.resume else claim(args.out_dir, args.preset)
+num_trained = sum(p.numel() for p in {*g_params, *d_params})
+whole = False  # whether the weights are those of a whole step, so that they can be saved
+
+
+def checkpoint():
+    """Save everything the loop changes."""
+    save(out_dir, model, modules, optimizers, state, [metrics, samples], args.keep)
+
+
+# from here on a lack of memory or of disk ends the run in one line
+needs = memory_needs(model, num_trained, most, B, args.micro_batch or B)
+sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint())
 if args.resume:  # also cuts the files back to the checkpoint, so it comes before they are opened
-    state = restore(out_dir, model, modules, optimizers)
+    hold(out_dir)
+    state |= restore(out_dir, model, modules, optimizers)
+    trace_resume(out_dir, device)
 metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
 if not args.resume:
-    (out_dir / "args.json").write_text(json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
-    save(out_dir, model, modules, optimizers, state, [metrics, samples])  # from here on a stopped run can go on
+    write_whole(out_dir / "args.json", json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
+    checkpoint()  # from here on a stopped run can go on
 signals = Signals()
-print(f"{out_dir}: {args.model} on {device}, {sum(p.numel() for p in {*g_params, *d_params}):,} trained of "
+print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained of "
       f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -177,13 +199,18 @@ def sample(batch, generator):
     return roll, completions
 
 
+def finite(row):
+    """A dict without nan and infinities, which JSON does not have: null in their place."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+
+
 def record(step, window, roll, i, completion, n, reward=None, p_real=None):
     """One line of rollouts.jsonl or floor.jsonl."""
     think = tokenizer.decode(roll.think[i], clean_up_tokenization_spaces=False)
-    return json.dumps(dict(
+    return json.dumps(finite(dict(
         step=step, prefix=window.prefix, truth=window.truth, think=think, completion=completion, reward=reward,
         p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
-        think_closed=bool(roll.think_closed[i])), ensure_ascii=False) + "\n"
+        think_closed=bool(roll.think_closed[i]))), ensure_ascii=False) + "\n"
 
 
 def judge(texts):
@@ -235,25 +262,29 @@ def micro_batches(rows):
 
 # -----------------------------------------------------------------------------
 # the floor: what the bare base model writes for the very prefixes that the run will end with
-total, floor = args.num_steps * B, out_dir / "floor.jsonl"
+total, floor, partial = args.num_steps * B, out_dir / "floor.jsonl", out_dir / "floor.partial"
 if args.floor_sequences and not floor.exists():
-    lines, size = [], max(B, 32)  # decoding many at once costs next to nothing
-    for first in tqdm(range(max(total - args.floor_sequences, 0), total, size), desc="floor"):
+    begin, size = max(total - args.floor_sequences, 0), max(B, 32)  # decoding many at once costs next to nothing
+    done = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.exists() else []  # of a stopped run
+    done = done[:len(done) // size * size]
+    write_whole(partial, "".join(line + "\n" for line in done))
+    for first in tqdm(range(begin + len(done), total, size), desc="floor"):
         batch = [stream[position] for position in range(first, min(first + size, total))]
         with without_adapters(model):
             roll, completions = sample(batch, random_for("floor", first))
-        lines += [record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch))]
+        with open(partial, "a", encoding="utf-8") as file:
+            file.write("".join(record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch))))
         if signals.stop:
             print(f"stopped before the first step; go on with: python train.py --resume {out_dir}")
             raise SystemExit(128 + signals.stop)
-    floor.with_suffix(".partial").write_text("".join(lines), encoding="utf-8")
-    floor.with_suffix(".partial").rename(floor)
+    partial.rename(floor)
 
 # -----------------------------------------------------------------------------
 # the loop; steps below 0 are the warm-up, in which only the discriminator learns
 started, first_step = time.time(), state["step"]
 for step in range(first_step, args.num_steps):
-    t0 = time.time()
+    t0, whole = time.time(), True
+    g_grad_norm = 0.0  # a warm-up has none
     lr_factor = 1 - max(step, 0) / args.num_steps
 
     # sample; the warm-up's windows lie behind those of the run
@@ -280,8 +311,9 @@ for step in range(first_step, args.num_steps):
         model.set_adapter(G)
         mean_reward = reward.mean().item()
         baseline = mean_reward if state["baseline"] is None else state["baseline"]
-        state["baseline"] = ema(state["baseline"], mean_reward, args.ema_decay)
-        state["variance"] = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
+        if math.isfinite(mean_reward):
+            state["baseline"] = ema(state["baseline"], mean_reward, args.ema_decay)
+            state["variance"] = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
         advantage = advantages(reward, baseline, state["variance"] if args.adv_norm else None)  # (B,)
         if args.sft:  # the same loss on the truth, at advantage 1, is supervised fine-tuning
             prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
@@ -297,6 +329,7 @@ for step in range(first_step, args.num_steps):
             (loss * state["loss_scale"]).backward()
             g_loss += loss.item()
             parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))  # (N,) each
+        whole = False
         g_grad_norm = update(g_optimizer, args.g_lr * lr_factor)
         kl_after_g = kl_now(roll, parts) if G == D and args.kl_coef else None
 
@@ -312,10 +345,21 @@ for step in range(first_step, args.num_steps):
         (loss * state["loss_scale"]).backward()
         d_loss += loss.item()
         right += (verdicts.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
+    whole = False
     d_grad_norm = update(d_optimizer, args.d_lr * lr_factor)
     kl_after_d = kl_now(roll, parts) if G == D and args.kl_coef and step >= 0 else None
     d_acc_real, d_acc_generated = (right / max(len(shown), 1)).tolist()
     t2 = time.time()
+
+    skipped = [g_grad_norm, d_grad_norm].count(None)
+    state["bad_steps"] = state["bad_steps"] + 1 if skipped else 0
+    paid = [(reward[i].item(), p_real[i].item()) if pairs[i] else (0.0, None) for i in range(B)]
+    records = [record(step, batch[i], roll, i, *completions[i], *paid[i]) for i in range(B)]
+    if state["bad_steps"] == args.max_bad_steps > 0:
+        write_whole(out_dir / "bad_step.jsonl", "".join(records))
+        raise UserError(f"{args.max_bad_steps} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
+                        f"last one's sequences are in {out_dir}/bad_step.jsonl; the last checkpoint stands; lower "
+                        f"--g_lr or --d_lr, or try --dtype bf16 or fp32", status=1)
 
     # log
     left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
@@ -339,20 +383,17 @@ for step in range(first_step, args.num_steps):
             num_completion=sum(n for _, n in completions) / B,
             distinct_2=distinct([encode(text)[0] for text, _ in completions], 2),
             coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
-            skipped=[g_grad_norm, d_grad_norm].count(None), seconds=time.time() - t0, sample_seconds=t1 - t0,
+            skipped=skipped, seconds=time.time() - t0, sample_seconds=t1 - t0,
             update_seconds=t2 - t1, tokens_per_second=len(written) / (t2 - t0), memory_gb=memory_gb(device))
-        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-        metrics.write(json.dumps(finite) + "\n")  # JSON has no nan
-        for i in range(B):
-            paid = (reward[i].item(), p_real[i].item()) if i in shown else (0.0, None)
-            samples.write(record(step, batch[i], roll, i, *completions[i], *paid))
+        metrics.write(json.dumps(finite(row)) + "\n")
+        samples.write("".join(records))
         print(f"step {step}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real']:.2f} | length "
               f"{row['length_score']:.2f} | {judged} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
 
     # save
     state["step"], stop = step + 1, signals.stop
     if stop or step + 1 == args.num_steps or args.save_every and (step + 1) % args.save_every == 0:
-        save(out_dir, model, modules, optimizers, state, [metrics, samples])
+        checkpoint()
     if stop:
         print(f"stopped after step {step}; go on with: python train.py --resume {out_dir}")
         raise SystemExit(128 + stop)

@@ -140,3 +140,31 @@ def test_a_model_that_cannot_be_loaded_is_one_line(name, capsys):
     with pytest.raises(SystemExit) as error:
         load_model(name, "none", "fp32", "cpu")
     assert error.value.code == 2 and "--model" in error.value.message and "\n" not in error.value.message
+
+
+def adapter_gradients(model):
+    """Gradients of one adapter for a fixed sum of last hidden states, after a pass without gradient, as in a run."""
+    torch.manual_seed(5)
+    model = add_adapters(model, ["generator"], 4, 2.0)
+    for p in adapter_parameters(model, "generator"):
+        torch.nn.init.normal_(p, std=0.1)
+    ids = torch.arange(4, 44).view(2, 20)
+    with torch.no_grad():
+        hidden_states(model, ids)
+    hidden = hidden_states(model, ids)
+    (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return torch.cat([p.grad.flatten() for p in adapter_parameters(model, "generator")])
+
+
+@pytest.mark.parametrize("quant, tolerance", [("nf4", 1e-4), ("int8", 0.1)])  # int8 rounds its inputs as well
+def test_gradients_flow_through_quantised_layers(quant, tolerance, tiny_folder):
+    import bitsandbytes as bnb
+    quantised, _ = load_model(tiny_folder, quant, "fp32", "cpu")
+    dense, _ = load_model(tiny_folder, "none", "fp32", "cpu")
+    if quant == "nf4":
+        layers = dict(dense.named_modules())
+        for name, module in quantised.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                layers[name].weight.data = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).view_as(layers[name].weight)
+    ours, theirs = adapter_gradients(quantised), adapter_gradients(dense)
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
