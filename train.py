@@ -170,8 +170,9 @@ if args.resume:  # also cuts the files back to the checkpoint, so it comes befor
     trace_resume(out_dir, device)
 metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
 if not args.resume:
+    checkpoint()
     write_whole(out_dir / "args.json", json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
-    checkpoint()  # from here on a stopped run can go on
+    # from here on it is a run, and a stopped one can go on
 signals = Signals()
 print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained of "
       f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -311,10 +312,8 @@ for step in range(first_step, args.num_steps):
         model.set_adapter(G)
         mean_reward = reward.mean().item()
         baseline = mean_reward if state["baseline"] is None else state["baseline"]
-        if math.isfinite(mean_reward):
-            state["baseline"] = ema(state["baseline"], mean_reward, args.ema_decay)
-            state["variance"] = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
-        advantage = advantages(reward, baseline, state["variance"] if args.adv_norm else None)  # (B,)
+        variance = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
+        advantage = advantages(reward, baseline, variance if args.adv_norm else None)  # (B,)
         if args.sft:  # the same loss on the truth, at advantage 1, is supervised fine-tuning
             prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
             roll = taught(roll, prompts, [encode(window.truth)[0][:C] for window in batch], rule)
@@ -330,6 +329,8 @@ for step in range(first_step, args.num_steps):
             g_loss += loss.item()
             parts.append((rows, ref_hidden, TokenStats(*(x.detach() for x in stats))))  # (N,) each
         whole = False
+        if math.isfinite(mean_reward):
+            state.update(baseline=ema(state["baseline"], mean_reward, args.ema_decay), variance=variance)
         g_grad_norm = update(g_optimizer, args.g_lr * lr_factor)
         kl_after_g = kl_now(roll, parts) if G == D and args.kl_coef else None
 
