@@ -255,6 +255,14 @@ def update(optimizer, lr):
     return norm
 
 
+def give_up(records):
+    """End a run whose updates are not finite any more, with the last batch's records beside it."""
+    write_whole(out_dir / "bad_step.jsonl", "".join(records))
+    raise UserError(f"{args.max_bad_steps} steps in a row (--max_bad_steps) had a gradient that is not finite; the last "
+                    f"one's sequences are in {out_dir}/bad_step.jsonl; the last checkpoint stands; lower --g_lr or "
+                    "--d_lr, or try --dtype bf16 or fp32", status=1)
+
+
 def micro_batches(rows):
     """Lists of at most --micro_batch row numbers."""
     size = args.micro_batch or B
@@ -284,8 +292,7 @@ if args.floor_sequences and not floor.exists():
 # the loop; steps below 0 are the warm-up, in which only the discriminator learns
 started, first_step = time.time(), state["step"]
 for step in range(first_step, args.num_steps):
-    t0, whole = time.time(), True
-    g_grad_norm = 0.0  # a warm-up has none
+    t0, whole, g_grad_norm = time.time(), True, 0.0  # a warm-up has no g_grad_norm
     lr_factor = 1 - max(step, 0) / args.num_steps
 
     # sample; the warm-up's windows lie behind those of the run
@@ -357,10 +364,7 @@ for step in range(first_step, args.num_steps):
     paid = [(reward[i].item(), p_real[i].item()) if pairs[i] else (0.0, None) for i in range(B)]
     records = [record(step, batch[i], roll, i, *completions[i], *paid[i]) for i in range(B)]
     if state["bad_steps"] == args.max_bad_steps > 0:
-        write_whole(out_dir / "bad_step.jsonl", "".join(records))
-        raise UserError(f"{args.max_bad_steps} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
-                        f"last one's sequences are in {out_dir}/bad_step.jsonl; the last checkpoint stands; lower "
-                        f"--g_lr or --d_lr, or try --dtype bf16 or fp32", status=1)
+        give_up(records)
 
     # log
     left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)

@@ -146,6 +146,18 @@ def test_real_pile_documents_and_another_architecture_train(tmp_path):
     assert len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
+def test_hostile_text_trains_or_is_counted_out_and_never_reaches_the_terminal(tmp_path):
+    words = "alpha \x1b[31mbeta \x07gamma\x00 \u202edelta\u202c <|im_end|> <think> </think> </prefix> <|im_start|>user \r\n \u2028 \u0085 \ufffd ".split(" ")
+    texts = ["", " " * 3000, "word " * 3000, "x" * 5000, "\u05d0\u05d1 \u200f" * 500, *(" ".join(words[i % 7:] * 40) for i in range(160))]
+    lines_ = [json.dumps({"text": text}).encode() for text in texts] + [b'{"text": "' + b"\xff\xfe broken utf-8 " * 200 + b'"}']
+    (tmp_path / "hostile.jsonl").write_bytes(b"\n".join(lines_) + b'\n{"text": "torn')
+    told = run(*TINY, "--data", tmp_path / "hostile.jsonl", "--out_dir", tmp_path / "run")
+    assert told.returncode == 0 and "left out" in told.stderr, told.stderr
+    assert all(c.isprintable() or c in "\n\r" for c in told.stdout + told.stderr.replace("\x1b[A", ""))  # tqdm's own
+    rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().split("\n")[:-1]]
+    assert len(rollouts) == 12 and len(lines(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
 # -----------------------------------------------------------------------------
 # mistakes
 
