@@ -1,161 +1,33 @@
 """
 MAUVE of the last sequences of a run, beside the base model's floor and a ceiling of real text against real text.
 
-    python evaluate.py out/demo-1
+    python evaluate.py out/demo-1                         # the last sequences of the run, from the files it left
+    python evaluate.py out/demo-1 --fresh 500             # new samples from its checkpoint, on held-out prefixes
+    python evaluate.py out/demo-1 --curve 250             # over the run, in windows of 250 sequences
+    python evaluate.py out/demo-1 out/demo-2              # which of two runs ended higher, on the same prefixes
     python evaluate.py out/demo-1 --featurizer gpt2-large --seeds 10
 
-Writes mauve.json and result.json into the run's folder. MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is
-mauve-text's, with c = 5, a tenth as many buckets as texts, and its other defaults.
+Writes mauve.json and result.json into the run's folder, and features.npz, so that no text is featurized twice.
 
-What differs from the textbook: floor, result and ceiling stand on the same prefixes and the same number of texts, since
-few texts read high; each is a mean over seeds of k-means, with its standard deviation, and with a 95 % interval by
-bootstrap over texts.
+What differs from the textbook:
+1. Floor, result and ceiling stand on the same prefixes and the same number of texts, since few texts read high.
+2. Each has a standard deviation over seeds of k-means and, apart, a 95 % interval by bootstrap over texts.
+3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "not told apart".
 """
-import collections
-import contextlib
 import json
-import os
+import math
 import pathlib
 import statistics
 import sys
 
 from flags import Parser, UserError, read_args
+from measures import audit, copy_rate, distinct, lengths, repetition, self_bleu
+from scores import mauve_of, paired
 
 WINDOW = 2000  # the write-up's: the last 2000 generated sequences, with mauve-text's own seed
 LIBRARY_SEED = 25
-
-
-def distinct(sequences, n):
-    """Distinct n-grams over all n-grams of lists of tokens, in [0, 1] (Li et al. 2016); None where there is none."""
-    grams = collections.Counter(gram for ids in sequences for gram in zip(*(ids[i:] for i in range(n))))
-    return len(grams) / grams.total() if grams else None
-
-
-def mauve_of(truth, generated, seeds):
-    """MAUVE between two feature matrices (N, H), over seeds of k-means.
-
-    Returns a dict: mauve and mauve_star (its smoothed variant), means; _sd over seeds; interval, 95 % by bootstrap over
-    texts, see `bootstrap`; num_buckets; per_seed. seeds: a number (seeds 0, 1, ...), or a list of seeds.
-    """
-    import numpy as np
-    from mauve import compute_mauve
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
-    with quiet():
-        told = [compute_mauve(p_features=truth, q_features=generated, seed=seed, mauve_scaling_factor=5)
-                for seed in seeds]
-    scores, stars = [float(t.mauve) for t in told], [float(t.mauve_star) for t in told]
-    return {"mauve": statistics.fmean(scores), "mauve_sd": statistics.pstdev(scores),
-            "mauve_star": statistics.fmean(stars), "mauve_star_sd": statistics.pstdev(stars),
-            "interval": (statistics.fmean(scores) + np.quantile(
-                [bootstrap(t.p_hist, t.q_hist, len(truth), len(generated)) for t in told], (0.025, 0.975))
-                ).clip(0, 1).tolist(),
-            "num_buckets": int(told[0].num_buckets), "per_seed": scores}
-
-
-def histogram_mauve(p, q, c=5.0, num_points=25):
-    """MAUVE of histograms (..., K): the area under the curve (exp(-c KL(q | r)), exp(-c KL(p | r))), r = w p + (1 - w) q,
-    over `num_points` weights w and its two ends (Pillutla et al., section 2), by trapezoids in x and in y: (...).
-    """
-    import numpy as np
-    w = np.linspace(1e-6, 1 - 1e-6, num_points)[:, None]  # (W, 1)
-    p, q = p[..., None, :], q[..., None, :]  # (..., 1, K) each
-    mixed = w * p + (1 - w) * q  # (..., W, K)
-
-    def curve(part):
-        ratio = np.divide(part, mixed, out=np.ones_like(mixed), where=part > 0)  # (..., W, K)
-        return np.exp(-c * (part * np.log(ratio)).sum(-1))  # (..., W)
-
-    ends = [(0, 0)] * (p.ndim - 2) + [(1, 1)]
-    x, y = (np.pad(side, ends, constant_values=edges) for side, edges in
-            ((curve(q), (1, 0)), (curve(p), (0, 1))))  # (..., W + 2) each: x falls, y rises
-    return 0.5 * (np.trapezoid(x, y) - np.trapezoid(y, x))  # (...)
-
-
-def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
-    """How far MAUVE moves when texts are drawn again with replacement, buckets kept: deviations (num_draws,).
-
-    They are taken from their own mean: drawing 500 texts out of 500 adds noise, which by itself lowers MAUVE.
-    """
-    import numpy as np
-    rng = np.random.default_rng(0)
-    draws = [rng.multinomial(n, hist / hist.sum(), num_draws) / n for hist, n in ((p_hist, num_p), (q_hist, num_q))]
-    scores = histogram_mauve(*draws)  # (num_draws,)
-    return scores - scores.mean()  # (num_draws,)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without faiss' advice, from C, on how many points a bucket wants: MAUVE's tenth gives it 20 at any size."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept), os.close(nowhere)
-
-
-def base_states(model, tokenizer):
-    """Return `ids_of(text)` and `states(ids)` of the run's base model: ids (B, T) to last hidden states (B, T, H)."""
-    from data import bos_ids, plain_encoder
-    from model import hidden_states, without_adapters
-    encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
-
-    def ids_of(text):
-        return bos + encode(text)[0]
-
-    def states(ids):
-        with without_adapters(model):
-            return hidden_states(model, ids)  # (B, T, H)
-
-    return ids_of, states
-
-
-def hub_states(name, device):
-    """Return `ids_of(text)` and `states(ids)` of another model, by its id; a text is cut to 1024 tokens."""
-    from transformers import AutoModel, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--featurizer {name} could not be loaded ({reason}); base is the run's own model") from None
-
-    def ids_of(text):
-        return tokenizer(text, truncation=True, max_length=1024).input_ids
-
-    def states(ids):
-        return model(ids).last_hidden_state  # (B, T, H)
-
-    return ids_of, states
-
-
-def featurizer(name, model, tokenizer, device, batch_size=32):
-    """Return `features(texts) -> (N, H) float32`.
-
-    base: last hidden states of the run's own base model, mean over positions. Any other model id: the last token's
-    state, of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself.
-    """
-    import numpy as np
-    import torch
-    from model import pad
-    ids_of, states = base_states(model, tokenizer) if name == "base" else hub_states(name, device)
-
-    @torch.no_grad()
-    def features(texts):
-        rows = [ids_of(text) for text in texts]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of like length together
-        out = [None] * len(rows)
-        for first in range(0, len(order), batch_size):
-            part = order[first:first + batch_size]
-            hidden = states(pad([rows[i] for i in part], 0, device)).float()  # (B, T, H)
-            for i, h in zip(part, hidden):
-                n = len(rows[i])
-                out[i] = (h[:n].mean(0) if name == "base" else h[n - 1]).cpu().numpy()  # (H,)
-        return np.stack(out)  # (N, H)
-
-    return features
+LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
+          "ceiling": "ceiling: other real texts"}
 
 
 def read_lines(file):
@@ -166,8 +38,58 @@ def read_lines(file):
     return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is "" or torn
 
 
-def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
-    """Measure a run from the files it left. Writes mauve.json and result.json, prints a table, returns the result."""
+# -----------------------------------------------------------------------------
+# what texts look like beside MAUVE
+
+def perplexity(model, encode, bos, records, key, device, batch_size=32):
+    """exp of the mean negative log-prob of the texts' tokens after their prefixes, under the bare base model."""
+    import torch
+
+    from model import causal_lm, hidden_states, pad, token_logps, without_adapters
+    V = causal_lm(model).get_output_embeddings().weight.shape[0]
+    total, count = 0.0, 0
+    blocked = torch.zeros(1, V, dtype=torch.bool, device=device)  # (1, V)
+    with torch.no_grad(), without_adapters(model):
+        for first in range(0, len(records), batch_size):
+            before = [bos + encode(r["prefix"] + r.get("sep", " "))[0] for r in records[first:first + batch_size]]
+            after = [encode(r[key])[0] for r in records[first:first + batch_size]]
+            ids = pad([a + b for a, b in zip(before, after)], 0, device)  # (B, T)
+            mask = pad([[0] * len(a) + [1] * len(b) for a, b in zip(before, after)], 0, device, torch.bool)  # (B, T)
+            hidden, targets = hidden_states(model, ids)[:, :-1][mask[:, 1:]], ids[mask]  # (N, H), (N,)
+            stats = token_logps(model, hidden, targets, blocked, torch.zeros_like(targets))
+            total, count = total - stats.logp.sum().item(), count + len(targets)
+    return math.exp(total / count) if count else None
+
+
+def looks(model, tokenizer, encode, bos, records, key, device):
+    """What one list of texts looks like: diversity, repetition, copying, length, perplexity; and the shortcut audit."""
+    from discriminator import pair_ids
+    records = [r for r in records if r[key]]
+    ids = [encode(r[key])[0] for r in records]
+    told = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)}
+    told.update(self_bleu_4=self_bleu([r[key] for r in records]), repetition=repetition(ids),
+                copy_rate=copy_rate([encode(r["prefix"])[0] for r in records], ids),
+                perplexity=perplexity(model, encode, bos, records, key, device), length=lengths(ids) if ids else None)
+    if key == "truth":
+        return told
+    read = [pair_ids(encode, bos, r["prefix"], r.get("sep", " "), r["truth"], r[key]) for r in records]
+    sides = [[[i for i, is_its in zip(*pair[side]) if is_its] for pair in read if pair] for side in (0, 1)]
+    real, generated = ([(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in side]
+                       for side in sides)
+    told["audit"] = audit(real, generated) if len(real) >= 10 else None
+    return told
+
+
+# -----------------------------------------------------------------------------
+# a run
+
+def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0):
+    """Measure a run from the files it left. Writes mauve.json and result.json, prints a table, returns the result.
+
+    curve: also MAUVE over the run, in windows of so many sequences (0: not).
+    """
+    from data import bos_ids, plain_encoder
+    from features import featurizer
     out_dir = pathlib.Path(out_dir)
     rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
     n = min(len(floor) or WINDOW, len(rollouts))
@@ -175,11 +97,13 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
         raise UserError(f"{out_dir} has {n} sequences, and 4 are needed; "
                         f"go on with: python train.py --resume {out_dir}")
     last, before, floor = rollouts[-n:], rollouts[:-n][-n:], floor[-n:]
-    if floor and [r["prefix"] for r in floor] != [r["prefix"] for r in last]:
+    same_prefixes = [r["prefix"] for r in floor] == [r["prefix"] for r in last]
+    if floor and not same_prefixes:
         print(f"note: {out_dir} is not finished, so its floor stands on other prefixes than its last {n} sequences",
               file=sys.stderr)
 
-    featurize, num_empty = featurizer(featurizer_name, model, tokenizer, device), {}
+    featurize = featurizer(featurizer_name, model, tokenizer, device, cache=out_dir / "features.npz")
+    num_empty = {}
 
     def features_of(name, records, key):
         texts = [record[key] for record in records if record[key]]  # mauve-text drops empty texts too, without a word
@@ -208,40 +132,179 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device):
                   num_sequences=n, featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
     steps = read_lines(out_dir / "metrics.jsonl")
     result.update(num_steps=len(steps), seconds=sum(row["seconds"] for row in steps))
-    (out_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores}
-    (out_dir / "mauve.json").write_text(json.dumps(report, indent=2) + "\n")
+    tail = [row["kl"] for row in steps if row["step"] >= last[0]["step"] and row["kl"] is not None]
+    result["kl"] = statistics.fmean(tail) if tail else None
+    if floor and same_prefixes:
+        result["against_floor"] = compare(featurize, last, floor)
 
-    print_table(out_dir, result, scores)
+    encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
+    sets = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
+    texts = {name: looks(model, tokenizer, encode, bos, records, key, device)
+             for name, (records, key) in sets.items() if records}
+    report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores, "texts": texts}
+    if curve:
+        report["curve"] = over_the_run(rollouts, curve, seeds, featurize)
+    write_json(out_dir / "result.json", result)
+    write_json(out_dir / "mauve.json", report)
+    print_table(out_dir, report)
     return result
 
 
-def print_table(out_dir, result, scores):
-    """Print what `evaluate` found; scores: name to what `mauve_of` returned, or None."""
-    n, num_window = result["num_sequences"], result["num_last2000"]
-    num_buckets = scores["mauve"]["num_buckets"] if scores["mauve"] else 0
-    print(f"\nMAUVE of {out_dir}: {n} sequences, {num_buckets} buckets, featurizer {result['featurizer']}, "
-          f"{result['num_seeds']} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
-    labels = {"floor": "floor: the base model", "mauve": "result: the end of the run",
-              "ceiling": "ceiling: other real texts"}
-    for name, label in labels.items():
-        score, told = scores.get(name), "none"
+def write_json(file, what):
+    file.write_text(json.dumps(what, indent=2) + "\n")
+
+
+def compare(featurize, one, other):
+    """`paired` on the prefixes of which both lists of records have a text: a dict."""
+    pairs = [(a["truth"], a["completion"], b["completion"]) for a, b in zip(one, other)]
+    rows = [pair for pair in pairs if all(pair)]
+    if len(rows) < 4:
+        return None
+    difference, interval, verdict = paired(*map(featurize, map(list, zip(*rows))))
+    return {"difference": difference, "interval": interval, "verdict": verdict, "num_sequences": len(rows)}
+
+
+def over_the_run(rollouts, size, seeds, featurize):
+    """MAUVE of each window of `size` sequences: a list of dicts with the window's last step."""
+    told = []
+    for first in range(0, len(rollouts) - size + 1, size):
+        rows = [r for r in rollouts[first:first + size] if r["completion"]]
+        features = (featurize([r[key] for r in rows]) for key in ("truth", "completion"))
+        score = mauve_of(*features, seeds) if rows else {}
+        told.append({"step": rollouts[first + size - 1]["step"],
+                     **{key: score.get(key) for key in ("mauve", "mauve_sd", "interval")}})
+    return told
+
+
+def sample_fresh(run, out_dir, num_sequences, model, tokenizer, device):
+    """Records of new samples by a run's checkpoint on held-out prefixes, and as many other held-out truths."""
+    import torch
+    from tqdm import tqdm
+
+    from data import plain_encoder, windows
+    from model import add_adapters, load_adapters
+    from rollout import complete, rules
+    names = ["shared"] if run["adapters"] == "shared" else ["generator", "discriminator"]
+    model = add_adapters(model, names, run["rank"], run["alpha"])
+    load_adapters(model, out_dir / "ckpt")
+    model.set_adapter(names[0])
+    encode, rule, C = plain_encoder(tokenizer), rules(tokenizer, model), run["completion_tokens"]
+    lengths = run["reasoning_tokens"], C, run["echo_tokens"], run["temperature"]
+    stream = windows(run["data"], encode, run["prefix_tokens"], C, run["seed"], "held_out", run["text_field"])
+    generator, records, size = torch.Generator(device).manual_seed(run["seed"]), [], max(run["batch_size"], 32)
+    for first in tqdm(range(0, num_sequences, size), desc="fresh samples"):
+        batch = [stream[position] for position in range(first, min(first + size, num_sequences))]
+        roll, texts = complete(model, tokenizer, encode, rule, batch, *lengths, generator)
+        records += [dict(prefix=w.prefix, sep=w.sep, truth=w.truth, think=tokenizer.decode(think), completion=text,
+                         n_completion=n) for w, think, (text, n) in zip(batch, roll.think, texts)]
+    return records, [stream[position].truth for position in range(num_sequences, 2 * num_sequences)]
+
+
+def fresh(run, out_dir, num_sequences, featurizer_name, seeds, model, tokenizer, device):
+    """Measure new samples on held-out prefixes, which it leaves in fresh.jsonl; adds `fresh` to both result files."""
+    from features import featurizer
+    out_dir = pathlib.Path(out_dir)
+    if not (out_dir / "ckpt").is_dir():
+        raise UserError(f"--fresh: {out_dir} has no checkpoint to sample from")
+    featurize = featurizer(featurizer_name, model, tokenizer, device, cache=out_dir / "features.npz")
+    records, others = sample_fresh(run, out_dir, num_sequences, model, tokenizer, device)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (out_dir / "fresh.jsonl").write_text("".join(lines), encoding="utf-8")
+    written = [r["completion"] for r in records if r["completion"]]
+    if not written:
+        raise UserError(f"--fresh: {out_dir}'s checkpoint wrote {num_sequences} empty completions")
+    truth = featurize([r["truth"] for r in records])  # (N, H)
+    score, ceiling = mauve_of(truth, featurize(written), seeds), mauve_of(truth, featurize(others), seeds)
+    print(f"\nfresh: {num_sequences} held-out prefixes, {len(records) - len(written)} empty")
+    print_scores({"mauve": score, "ceiling": ceiling})
+    found = {"fresh": score["mauve"], "fresh_sd": score["mauve_sd"], "fresh_interval": score["interval"],
+             "fresh_ceiling": ceiling["mauve"], "fresh_num_sequences": num_sequences}
+    for file in (out_dir / "result.json", out_dir / "mauve.json"):
+        write_json(file, {**json.loads(file.read_text()), **found})
+
+
+def print_scores(scores):
+    for name, label in LABELS.items():
+        score = scores.get(name)
         if score:
             low, high = score["interval"]
-            told = f"{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   95 % {low:.3f} to {high:.3f}"
-        print(f"  {label:28s}{told}")
+            print(f"  {label:28s}{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   95 % {low:.3f} to {high:.3f}")
+
+
+def print_table(out_dir, report):
+    """Print what `evaluate` found."""
+    n, num_window, scores = report["num_sequences"], report["num_last2000"], report["scores"]
+    num_buckets = scores["mauve"]["num_buckets"] if scores["mauve"] else 0
+    print(f"\nMAUVE of {out_dir}: {n} sequences, {num_buckets} buckets, featurizer {report['featurizer']}, "
+          f"{report['num_seeds']} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
+    print_scores(scores)
     if scores["mauve_last2000"]:
         label = f"last {num_window} (the write-up)"
         print(f"  {label:28s}{scores['mauve_last2000']['mauve']:.3f}"
               + ("" if num_window == WINDOW else f"   fewer than {WINDOW}"))
-    left_out = [f"{count} of {name}" for name, count in result["num_empty"].items() if count]
+    if report.get("against_floor"):
+        print(f"  end against floor           {in_words(report['against_floor'])}")
+    left_out = [f"{count} of {name}" for name, count in report["num_empty"].items() if count]
     if left_out:
         print(f"  left out as empty: {', '.join(left_out)}")
+    for point in report.get("curve", []):
+        if point["mauve"] is not None:
+            print(f"  step {point['step']:<23d}{point['mauve']:.3f} +- {point['mauve_sd']:.3f}")
+    if report["kl"] is not None:
+        print(f"  KL to the base              {report['kl']:.3f} nats a token")
+    print_texts(report["texts"])
+
+
+def print_texts(texts):
+    """Print what `looks` found: a column a list of texts."""
+    def line(label, cells):
+        print(f"  {label:28s}" + "".join(f"{cell:>10s}" for cell in cells))
+
+    print()
+    line("", texts)
+    for key in ("distinct_1", "distinct_2", "distinct_3", "self_bleu_4", "repetition", "copy_rate", "perplexity"):
+        line(key, [number(look[key]) for look in texts.values()])
+    for key in ("mean", "p10", "p50", "p90"):
+        line(f"length, {key}", [number((look["length"] or {}).get(key)) for look in texts.values()])
+    audits = [look.get("audit") for look in texts.values()]
+    for name in next(filter(None, audits), []):
+        line(f"audit, {name}", [f"{told[name][0]:.0%}" if told else "" for told in audits])
+
+
+def number(value):
+    return "" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def in_words(comparison):
+    low, high = comparison["interval"]
+    return (f"{comparison['verdict']} by {comparison['difference']:+.3f}   95 % {low:+.3f} to {high:+.3f}, paired, "
+            f"{comparison['num_sequences']} prefixes")
+
+
+def compare_runs(folders, featurizer_name, model, tokenizer, device):
+    """Print how the ends of two runs compare, on the prefixes that both end with."""
+    from features import featurizer
+    ends = []
+    for folder in folders:
+        floor, rollouts = read_lines(folder / "floor.jsonl"), read_lines(folder / "rollouts.jsonl")
+        ends.append({r["prefix"]: r for r in rollouts[-(len(floor) or WINDOW):]})
+    common = [prefix for prefix in ends[0] if prefix in ends[1]]
+    featurize = featurizer(featurizer_name, model, tokenizer, device, cache=folders[0] / "features.npz")
+    comparison = compare(featurize, *([end[prefix] for prefix in common] for end in ends))
+    if comparison is None:
+        raise UserError(f"{folders[0]} and {folders[1]} end on {len(common)} common prefixes, and 4 are needed; "
+                        "give two runs of the same --data, --seed and lengths")
+    print(f"\n{folders[0]} against {folders[1]}: {in_words(comparison)}")
+    return comparison
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a run, out/NAME")
+    parser.add_argument("other", nargs="?", default=None, help="folder of another run, to compare the first with")
+    parser.add_argument("--fresh", type=int, default=0,
+                        help="new samples from the checkpoint, on held-out prefixes (0: none)")
+    parser.add_argument("--curve", type=int, default=0, help="sequences a window of MAUVE over the run (0: no curve)")
     parser.add_argument("--featurizer", default=None,
                         help="a model id, or base: the run's own base model (unset: as the run's)")
     parser.add_argument("--seeds", type=int, default=None, help="seeds of k-means (unset: as the run's)")
@@ -253,9 +316,18 @@ if __name__ == "__main__":
                 for key in ("featurizer", "seeds", "device")}
     if settings["seeds"] < 1:
         raise UserError(f"--seeds {settings['seeds']}: must be above 0")
+    for name in ("fresh", "curve"):
+        if getattr(flags, name) and not 4 <= getattr(flags, name) <= 10 ** 6:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be 0, or from 4 to a million")
+    if flags.other:
+        read_args(flags.other)
     from model import checked_device, load_model
     device = checked_device(settings["device"])
-    model = tokenizer = None
-    if settings["featurizer"] == "base":
-        model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device)
-    evaluate(flags.run, settings["featurizer"], settings["seeds"], model, tokenizer, device)
+    model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device)
+    if flags.other:
+        folders = pathlib.Path(flags.run), pathlib.Path(flags.other)
+        compare_runs(folders, settings["featurizer"], model, tokenizer, device)
+    else:
+        evaluate(flags.run, settings["featurizer"], settings["seeds"], model, tokenizer, device, flags.curve)
+        if flags.fresh:
+            fresh(run, flags.run, flags.fresh, settings["featurizer"], settings["seeds"], model, tokenizer, device)

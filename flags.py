@@ -25,7 +25,7 @@ class UserError(SystemExit):
 
 
 def escaped(text):
-    """Text that cannot move a terminal's cursor, change its colours or its direction: what is not printable, by number."""
+    """Text that cannot move a terminal's cursor, change its colours or direction: what is not printable, by number."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

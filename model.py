@@ -55,7 +55,7 @@ def memory_needs(model, num_trained, num_tokens, batch_size, micro_batch):
     """What a run takes, roughly, in GiB by purpose, for sequences of num_tokens.
 
     Adapters are fp32, with gradients and two moments. A layer keeps about 34 H bytes a token in 16 bits (Korthikanti et
-    al. 2022, arXiv 2205.05198, section 4, without the attention scores); fp32 adapters, whose inputs are cast, double it.
+    al. 2022, arXiv 2205.05198, section 4, without attention scores); fp32 adapters, whose inputs are cast, double it.
     """
     config, base = causal_lm(model).config.get_text_config(), causal_lm(model)
     frozen = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)

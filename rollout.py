@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from data import clip, prompt_ids
 from model import causal_lm, head_weights, pad, row_logps
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -109,6 +110,22 @@ def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperat
         seen = torch.cat([seen, torch.ones_like(ids)], 1)         # (B, P + t + 1)
 
     return gather(prompts, out, rules, think_closed)
+
+
+def complete(model, tokenizer, encode, rules, batch, reasoning_tokens, completion_tokens, echo_tokens, temperature,
+             generator):
+    """A rollout for each window of a batch, and B pairs: its completion as text, without the echo and cut to
+    completion_tokens, and the number of its tokens.
+    """
+    prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
+    roll = rollout(model, prompts, rules, reasoning_tokens, completion_tokens + echo_tokens, temperature, generator)
+    completions = []
+    for window, reply in zip(batch, roll.reply):
+        text = tokenizer.decode(reply, clean_up_tokenization_spaces=False).rstrip("\ufffd")  # a character cut in two
+        text = strip_echo(text, window.prefix, echo_tokens)
+        text, n = clip(encode, window.prefix + window.sep, text, completion_tokens)
+        completions.append((text, min(n, len(reply))))  # a special token, read as plain text, is five: count it once
+    return roll, completions
 
 
 def taught(roll, prompts, answers, rules):

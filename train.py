@@ -105,13 +105,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import Signals, claim, hold, last_words, provenance, restore, save, trace_resume, write_whole
-from data import bos_ids, clip, plain_encoder, prompt_ids, windows
+from data import bos_ids, plain_encoder, prompt_ids, windows
 from discriminator import Discriminator, discriminator_loss, pair_ids
-from evaluate import distinct, evaluate, featurizer
+from evaluate import evaluate
+from features import featurizer
+from measures import distinct
 from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model,
                    memory_gb, memory_needs, pad, token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
-from rollout import COMPLETION, THINKING, rollout, rules, strip_echo, taught
+from rollout import COMPLETION, THINKING, complete, rules, taught
 
 # -----------------------------------------------------------------------------
 # seed, device, model, data
@@ -189,15 +191,7 @@ def random_for(*key):
 
 def sample(batch, generator):
     """A rollout for each window, and its completion as text, without the echo, cut to C tokens, with its length n."""
-    prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
-    roll = rollout(model, prompts, rule, R, C + args.echo_tokens, args.temperature, generator)
-    completions = []
-    for window, reply in zip(batch, roll.reply):
-        text = tokenizer.decode(reply, clean_up_tokenization_spaces=False).rstrip("\ufffd")  # a character cut in two
-        text = strip_echo(text, window.prefix, args.echo_tokens)
-        text, n = clip(encode, window.prefix + window.sep, text, C)
-        completions.append((text, min(n, len(reply))))  # a special token, read as plain text, is five: count it once
-    return roll, completions
+    return complete(model, tokenizer, encode, rule, batch, R, C, args.echo_tokens, args.temperature, generator)
 
 
 def finite(row):
@@ -209,8 +203,8 @@ def record(step, window, roll, i, completion, n, reward=None, p_real=None):
     """One line of rollouts.jsonl or floor.jsonl."""
     think = tokenizer.decode(roll.think[i], clean_up_tokenization_spaces=False)
     return json.dumps(finite(dict(
-        step=step, prefix=window.prefix, truth=window.truth, think=think, completion=completion, reward=reward,
-        p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
+        step=step, prefix=window.prefix, sep=window.sep, truth=window.truth, think=think, completion=completion,
+        reward=reward, p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
         think_closed=bool(roll.think_closed[i]))), ensure_ascii=False) + "\n"
 
 
@@ -258,8 +252,8 @@ def update(optimizer, lr):
 def give_up(records):
     """End a run whose updates are not finite any more, with the last batch's records beside it."""
     write_whole(out_dir / "bad_step.jsonl", "".join(records))
-    raise UserError(f"{args.max_bad_steps} steps in a row (--max_bad_steps) had a gradient that is not finite; the last "
-                    f"one's sequences are in {out_dir}/bad_step.jsonl; the last checkpoint stands; lower --g_lr or "
+    raise UserError(f"{args.max_bad_steps} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
+                    f"last one's sequences are in {out_dir}/bad_step.jsonl; the last checkpoint stands; lower --g_lr or "
                     "--d_lr, or try --dtype bf16 or fp32", status=1)
 
 
@@ -282,7 +276,8 @@ if args.floor_sequences and not floor.exists():
         with without_adapters(model):
             roll, completions = sample(batch, random_for("floor", first))
         with open(partial, "a", encoding="utf-8") as file:
-            file.write("".join(record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch))))
+            rows = (record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch)))
+            file.write("".join(rows))
         if signals.stop:
             print(f"stopped before the first step; go on with: python train.py --resume {out_dir}")
             raise SystemExit(128 + signals.stop)

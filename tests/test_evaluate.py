@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from conftest import shared
-from evaluate import bootstrap, distinct, evaluate, featurizer, histogram_mauve, mauve_of, read_lines
+from evaluate import evaluate, read_lines
+from features import featurizer
+from scores import bootstrap, histogram_mauve, mauve_of, paired
 
 
 @pytest.mark.parametrize("name", ["gauss_shift0.0", "gauss_shift0.5", "gauss_shift2.0", "identical"])
@@ -44,10 +46,32 @@ def test_the_interval_is_as_wide_as_new_samples_are_apart():
     assert bootstrap(p, q, 4000, 4000).std() < 0.5 * moved.std()
 
 
-def test_distinct_equals_hand_values():
-    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
-    assert distinct([[1, 1, 1]], 1) == 1 / 3
-    assert distinct([[1], []], 2) is None
+def test_a_run_is_not_told_apart_from_itself_and_a_better_one_is_higher():
+    rng = np.random.default_rng(0)
+    truth, near, far = (rng.normal(shift, size=(200, 8)) for shift in (0, 0.1, 1.5))
+    assert paired(truth, far, far, 20) == (0.0, [0.0, 0.0], "not told apart")
+    difference, (low, high), verdict = paired(truth, near, far, 20)
+    assert verdict == "higher" and 0 < low < difference < high
+    assert paired(truth, far, near, 20)[2] == "lower"
+    assert paired(truth, near, rng.normal(0.1, size=(200, 8)), 20)[2] == "not told apart"
+
+
+def test_features_are_computed_once_and_a_torn_cache_is_made_anew(tmp_path):
+    from features import cached
+    asked = []
+
+    def features(texts):
+        asked.append(texts)
+        return np.array([[len(text), 1.0] for text in texts])
+
+    file = tmp_path / "features.npz"
+    first = cached(features, file, "model")(["a", "bb", "a"])
+    again = cached(features, file, "model")(["bb", "ccc"])
+    assert asked == [["a", "bb"], ["ccc"]] and first.tolist() == [[1, 1], [2, 1], [1, 1]] and again.tolist() == [[2, 1], [3, 1]]
+    cached(features, file, "another model")(["a"])
+    assert asked[-1] == ["a"]
+    file.write_bytes(file.read_bytes()[:50])
+    assert cached(features, file, "model")(["a"]).tolist() == [[1, 1]] and asked[-1] == ["a"]
 
 
 def test_base_features_are_means_over_positions_whatever_the_batch(demo):

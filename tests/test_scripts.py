@@ -14,7 +14,7 @@ TINY = ("--preset demo --batch_size 4 --num_steps 3 --d_warmup 1 --prefix_tokens
 METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl kl_after_d entropy logp_gap d_loss d_acc_real d_acc_generated
     g_grad_norm d_grad_norm g_lr d_lr kl_after_g think_closed num_think num_completion distinct_2 coherence skipped seconds sample_seconds update_seconds
     tokens_per_second memory_gb""".split()
-ROLLOUT = "step prefix truth think completion reward p_real length_score n_think n_completion think_closed".split()
+ROLLOUT = "step prefix sep truth think completion reward p_real length_score n_think n_completion think_closed".split()
 
 
 def run(*words, script="train.py", timeout=200, **kwargs):
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_what_is_promised(finished):
     out, told = finished
     names = {path.name for path in out.iterdir()}
-    assert names == {"args.json", "metrics.jsonl", "rollouts.jsonl", "floor.jsonl", "ckpt", "mauve.json", "result.json"}
+    assert names == {"args.json", "metrics.jsonl", "rollouts.jsonl", "floor.jsonl", "ckpt", "mauve.json", "result.json", "features.npz"}
     metrics, rollouts, floor = (lines(out / f"{name}.jsonl") for name in ("metrics", "rollouts", "floor"))
     assert [row["step"] for row in metrics] == [0, 1, 2] and all(set(METRICS) <= set(row) for row in metrics)
     assert [row["step"] for row in rollouts] == [0] * 4 + [1] * 4 + [2] * 4 and all(list(row) == ROLLOUT for row in rollouts)
@@ -71,6 +71,21 @@ def test_evaluate_measures_a_run_again_and_equally(finished):
     told = run(out, script="evaluate.py")
     assert told.returncode == 0, told.stderr
     assert json.loads((out / "mauve.json").read_text()) == before and "ceiling" in told.stdout
+
+
+def test_evaluate_samples_afresh_draws_a_curve_and_compares_runs(finished, tmp_path):
+    import shutil
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    told = run(out, "--fresh", 8, "--curve", 4, script="evaluate.py")
+    assert told.returncode == 0, told.stderr
+    result, report = (json.loads((out / f"{name}.json").read_text()) for name in ("result", "mauve"))
+    assert [point["step"] for point in report["curve"]] == [0, 1, 2] and 0 <= result["fresh"] <= 1 and result["fresh_num_sequences"] == 8
+    fresh = lines(out / "fresh.jsonl")
+    seen = {row["truth"] for row in lines(out / "rollouts.jsonl")}
+    assert len(fresh) == 8 and not seen & {row["truth"] for row in fresh} and all(row["n_completion"] <= 12 for row in fresh)
+    told = run(out, finished[0], script="evaluate.py")
+    assert told.returncode == 0 and "not told apart by +0.000" in told.stdout, told.stderr
 
 
 def same_run(one, other):
