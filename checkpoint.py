@@ -4,6 +4,7 @@ Everything the loop changes, saved at once and restored; and the ways in which a
 `ckpt/` holds adapters in peft's own format, the discriminator's head as safetensors, and `state.pt`, all of one step.
 It is written beside, then renamed; the previous one stays until the new one stands.
 """
+import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -70,12 +71,18 @@ def put_in_place(new, keep):
     sync(folder)
     if keep and old.exists():
         step = torch.load(old / "state.pt", weights_only=True, mmap=True)["state"]["step"]
-        if step > 0 and not old.with_name(f"ckpt-{step}").exists():
-            old.rename(old.with_name(f"ckpt-{step}"))
+        if step > 0:
+            shutil.rmtree(folder / f"ckpt-{step}", ignore_errors=True)
+            old.rename(folder / f"ckpt-{step}")
     shutil.rmtree(old, ignore_errors=True)
-    kept = sorted(folder.glob("ckpt-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in kept[:max(len(kept) - keep, 0)]:
-        shutil.rmtree(path)
+    steps = sorted(kept(folder))
+    for step in steps[:max(len(steps) - keep, 0)]:
+        shutil.rmtree(kept(folder)[step])
+
+
+def kept(folder):
+    """Step to path of the earlier checkpoints in a run's folder."""
+    return {int(path.name[5:]): path for path in folder.glob("ckpt-*") if path.name[5:].isdecimal()}
 
 
 def sync(path):
@@ -110,12 +117,15 @@ def restore(out_dir, model, modules, optimizers):
             optimizer.load_state_dict(saved["optimizers"][name])
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError,
             pickle.UnpicklingError) as error:
-        earlier = ", ".join(sorted(path.name for path in out_dir.glob("ckpt-*")))
-        advice = f"; earlier ones are there, rename one to ckpt: {earlier}" if earlier else ""
+        earlier = ", ".join(path.name for _, path in sorted(kept(out_dir).items()))
+        advice = f"; earlier ones are there, remove {ckpt.name} and rename one to ckpt: {earlier}" if earlier else ""
         raise UserError(f"--resume {out_dir}: {ckpt.name} cannot be used ({first_line(error)}): it is cut short, or of "
                         f"another model or version{advice}") from None
     for name, length in saved["lengths"].items():
         os.truncate(out_dir / name, length)
+    for step, path in kept(out_dir).items():  # of a future that will be another one
+        if step > saved["state"]["step"]:
+            shutil.rmtree(path)
     return saved["state"]
 
 
@@ -139,8 +149,8 @@ def claim(out_dir, preset):
     except OSError as error:
         raise UserError(f"--out_dir {out_dir or 'out'} cannot be made: {error}") from None
     hold(out_dir)
-    if (pathlib.Path(out_dir) / "args.json").exists():  # another process was faster, after the flags were checked
-        raise UserError(f"--out_dir {out_dir} holds a run already; name another folder")
+    if os.listdir(out_dir):  # nothing that is there is ever overwritten
+        raise UserError(f"--out_dir {out_dir} is not empty; name a new folder, or one that is")
     return pathlib.Path(out_dir)
 
 
@@ -224,9 +234,10 @@ class Signals:
 
     def note(self, number, frame):
         self.stop = number
-        name = signal.Signals(number).name
-        print(f"\n{name}: finishing what is under way; once more to stop at once", flush=True)
-        signal.signal(number, signal.SIG_DFL)
+        told = f"\n{signal.Signals(number).name}: finishing what is under way; once more to stop at once\n"
+        os.write(2, told.encode())  # print is not safe here: it may be under way itself
+        for other in self.before:
+            signal.signal(other, signal.SIG_DFL)
 
 
 def shortage(error):
@@ -243,17 +254,22 @@ def last_words(out_dir, needs, save_whole):
     """A sys.excepthook: where memory or disk ran out, a run ends in one line with status 1 or 2, not in a traceback.
 
     needs: GiB of memory by purpose, from `memory_needs`. save_whole() saves the run if it can, and returns whether.
+    Without an out_dir the model is still being loaded.
     """
     def hook(kind, error, trace):
         short = shortage(error)
-        if short is None:
+        if isinstance(error, BrokenPipeError):  # whoever read our lines has gone
+            os._exit(128 + signal.SIGPIPE)
+        if short == "memory" and out_dir is None:
+            print(f"error: out of memory while the model was loaded ({first_line(error)}); try --quant nf4, a smaller "
+                  "--model or a smaller --rank", file=sys.stderr, flush=True)
+            os._exit(1)
+        if short is None or out_dir is None:
             return sys.__excepthook__(kind, error, trace)
         resume, stands = f"python train.py --resume {out_dir}", "the last checkpoint stands"
         if short == "memory":
-            try:
+            with contextlib.suppress(SystemExit, Exception):  # no room for that either: the last checkpoint stands
                 stands = "all whole steps were saved" if save_whole() else stands
-            except SystemExit:  # the disk is full too, which has been said
-                pass
             parts = ", ".join(f"{purpose} {gib:.1f}" for purpose, gib in needs.items())
             message = (f"out of memory ({first_line(error)}); {stands}; about {sum(needs.values()):.1f} GiB are wanted "
                        f"({parts}); go on with: {resume} --micro_batch 1, or start anew with --quant nf4, or with a "

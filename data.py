@@ -27,10 +27,9 @@ from typing import NamedTuple
 
 import zstandard
 
-from flags import UserError
+from flags import SUFFIXES, UserError
 
 PILE = "monology/pile-uncopyrighted"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 MAX_DOCUMENTS = 200_000   # a local corpus is read up to here and shuffled in memory
 LONG_DOCUMENT = 100_000   # characters; a longer document is read through a random slice of this length
 DEMO_PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub mauve-text numpy pandas peft pyarrow "

@@ -11,7 +11,8 @@ Writes mauve.json and result.json into the run's folder, and features.npz, so th
 
 What differs from the textbook:
 1. Floor, result and ceiling stand on the same prefixes and the same number of texts, since few texts read high.
-2. Each has a standard deviation over seeds of k-means and, apart, a 95 % interval by bootstrap over texts.
+2. Each has a standard deviation over seeds of k-means and, apart, a 95 % interval by bootstrap over texts, which is one
+   for MAUVE at this number of texts, not at infinitely many.
 3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "not told apart".
 """
 import json
@@ -20,7 +21,7 @@ import pathlib
 import statistics
 import sys
 
-from flags import Parser, UserError, read_args
+from flags import Parser, UserError, check_device, read_args
 from measures import audit, copy_rate, distinct, lengths, repetition, self_bleu
 from scores import mauve_of, paired
 
@@ -34,8 +35,26 @@ def read_lines(file):
     """The records of a .jsonl file; a last line that was torn off in writing is left out."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is "" or torn
+    records = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # what follows the last one is "" or torn
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise UserError(f"{file}:{number} is not a record of a run; mend or remove that line") from None
+    return records
+
+
+def read_texts(out_dir):
+    """The sequences of a run and of its floor, two lists of records; too few of them are an error."""
+    out_dir = pathlib.Path(out_dir)
+    rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
+    for record in rollouts + floor:
+        if not all(isinstance(record.get(key), str) for key in ("prefix", "truth", "completion")):
+            raise UserError(f"{out_dir}: a sequence without prefix, truth and completion; its files are damaged")
+    if len(rollouts) < 4:
+        raise UserError(f"{out_dir} has {len(rollouts)} sequences, and 4 are needed; "
+                        f"go on with: python train.py --resume {out_dir}")
+    return rollouts, floor
 
 
 # -----------------------------------------------------------------------------
@@ -91,11 +110,8 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0)
     from data import bos_ids, plain_encoder
     from features import featurizer
     out_dir = pathlib.Path(out_dir)
-    rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
-    n = min(len(floor) or WINDOW, len(rollouts))
-    if n < 4:
-        raise UserError(f"{out_dir} has {n} sequences, and 4 are needed; "
-                        f"go on with: python train.py --resume {out_dir}")
+    rollouts, floor = read_texts(out_dir)
+    n = min(max(len(floor), 4) if floor else WINDOW, len(rollouts))
     last, before, floor = rollouts[-n:], rollouts[:-n][-n:], floor[-n:]
     same_prefixes = [r["prefix"] for r in floor] == [r["prefix"] for r in last]
     if floor and not same_prefixes:
@@ -106,9 +122,8 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0)
     num_empty = {}
 
     def features_of(name, records, key):
-        texts = [record[key] for record in records if record[key]]  # mauve-text drops empty texts too, without a word
-        num_empty[name] = len(records) - len(texts)
-        return featurize(texts) if texts else None
+        num_empty[name] = sum(not record[key] for record in records)
+        return featurize([record[key] for record in records])  # (n, H)
 
     truth, written = features_of("truth", last, "truth"), features_of("mauve", last, "completion")
     compared = {"mauve": (truth, written)}
@@ -117,18 +132,17 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0)
     # the ceiling sets the same truth against as many other real texts; a run too short for that, its two halves
     other = features_of("ceiling", before, "truth") if len(before) == n else None
     compared["ceiling"] = (truth, other) if other is not None else (truth[:len(truth) // 2], truth[len(truth) // 2:])
-    scores = {name: mauve_of(p, q, seeds) if q is not None else None for name, (p, q) in compared.items()}
-
+    scores = {name: mauve_of(p, q, seeds) for name, (p, q) in compared.items()}
     window = rollouts[-WINDOW:]
     p, q = (features_of("last2000", window, key) for key in ("truth", "completion"))
-    scores["mauve_last2000"] = mauve_of(p, q, [LIBRARY_SEED]) if q is not None else None
+    scores["mauve_last2000"] = mauve_of(p, q, [LIBRARY_SEED])
 
     result = {}
     for name in ("mauve", "floor", "ceiling"):
         score = scores.get(name)
         for key, part in ((name, "mauve"), (f"{name}_sd", "mauve_sd"), (f"{name}_interval", "interval")):
             result[key] = score[part] if score else None
-    result.update(mauve_last2000=(scores["mauve_last2000"] or {}).get("mauve"), num_last2000=len(window),
+    result.update(mauve_last2000=scores["mauve_last2000"]["mauve"], num_last2000=len(window),
                   num_sequences=n, featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
     steps = read_lines(out_dir / "metrics.jsonl")
     result.update(num_steps=len(steps), seconds=sum(row["seconds"] for row in steps))
@@ -151,15 +165,17 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0)
 
 
 def write_json(file, what):
-    file.write_text(json.dumps(what, indent=2) + "\n")
+    """Write beside, then rename, so that a good result is never lost to a full disk."""
+    from checkpoint import write_whole
+    try:
+        write_whole(file, json.dumps(what, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{file} could not be written: {error}") from None
 
 
 def compare(featurize, one, other):
-    """`paired` on the prefixes of which both lists of records have a text: a dict."""
-    pairs = [(a["truth"], a["completion"], b["completion"]) for a, b in zip(one, other)]
-    rows = [pair for pair in pairs if all(pair)]
-    if len(rows) < 4:
-        return None
+    """`paired` on two lists of records with the same prefixes: a dict."""
+    rows = [(a["truth"], a["completion"], b["completion"]) for a, b in zip(one, other)]
     difference, interval, verdict = paired(*map(featurize, map(list, zip(*rows))))
     return {"difference": difference, "interval": interval, "verdict": verdict, "num_sequences": len(rows)}
 
@@ -168,11 +184,9 @@ def over_the_run(rollouts, size, seeds, featurize):
     """MAUVE of each window of `size` sequences: a list of dicts with the window's last step."""
     told = []
     for first in range(0, len(rollouts) - size + 1, size):
-        rows = [r for r in rollouts[first:first + size] if r["completion"]]
-        features = (featurize([r[key] for r in rows]) for key in ("truth", "completion"))
-        score = mauve_of(*features, seeds) if rows else {}
-        told.append({"step": rollouts[first + size - 1]["step"],
-                     **{key: score.get(key) for key in ("mauve", "mauve_sd", "interval")}})
+        rows = rollouts[first:first + size]
+        score = mauve_of(*(featurize([r[key] for r in rows]) for key in ("truth", "completion")), seeds)
+        told.append({"step": rows[-1].get("step"), **{key: score[key] for key in ("mauve", "mauve_sd", "interval")}})
     return told
 
 
@@ -210,12 +224,9 @@ def fresh(run, out_dir, num_sequences, featurizer_name, seeds, model, tokenizer,
     records, others = sample_fresh(run, out_dir, num_sequences, model, tokenizer, device)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     (out_dir / "fresh.jsonl").write_text("".join(lines), encoding="utf-8")
-    written = [r["completion"] for r in records if r["completion"]]
-    if not written:
-        raise UserError(f"--fresh: {out_dir}'s checkpoint wrote {num_sequences} empty completions")
-    truth = featurize([r["truth"] for r in records])  # (N, H)
-    score, ceiling = mauve_of(truth, featurize(written), seeds), mauve_of(truth, featurize(others), seeds)
-    print(f"\nfresh: {num_sequences} held-out prefixes, {len(records) - len(written)} empty")
+    truth, written = (featurize([r[key] for r in records]) for key in ("truth", "completion"))  # (N, H) each
+    score, ceiling = mauve_of(truth, written, seeds), mauve_of(truth, featurize(others), seeds)
+    print(f"\nfresh: {num_sequences} held-out prefixes, {sum(not r['completion'] for r in records)} left empty")
     print_scores({"mauve": score, "ceiling": ceiling})
     found = {"fresh": score["mauve"], "fresh_sd": score["mauve_sd"], "fresh_interval": score["interval"],
              "fresh_ceiling": ceiling["mauve"], "fresh_num_sequences": num_sequences}
@@ -234,22 +245,19 @@ def print_scores(scores):
 def print_table(out_dir, report):
     """Print what `evaluate` found."""
     n, num_window, scores = report["num_sequences"], report["num_last2000"], report["scores"]
-    num_buckets = scores["mauve"]["num_buckets"] if scores["mauve"] else 0
+    num_buckets = scores["mauve"]["num_buckets"]
     print(f"\nMAUVE of {out_dir}: {n} sequences, {num_buckets} buckets, featurizer {report['featurizer']}, "
           f"{report['num_seeds']} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
     print_scores(scores)
-    if scores["mauve_last2000"]:
-        label = f"last {num_window} (the write-up)"
-        print(f"  {label:28s}{scores['mauve_last2000']['mauve']:.3f}"
-              + ("" if num_window == WINDOW else f"   fewer than {WINDOW}"))
+    print(f"  {f'last {num_window} (the write-up)':28s}{scores['mauve_last2000']['mauve']:.3f}"
+          + ("" if num_window == WINDOW else f"   fewer than {WINDOW}"))
     if report.get("against_floor"):
         print(f"  end against floor           {in_words(report['against_floor'])}")
-    left_out = [f"{count} of {name}" for name, count in report["num_empty"].items() if count]
-    if left_out:
-        print(f"  left out as empty: {', '.join(left_out)}")
+    empty = [f"{count} of {name}" for name, count in report["num_empty"].items() if count]
+    if empty:
+        print(f"  empty: {', '.join(empty)}")
     for point in report.get("curve", []):
-        if point["mauve"] is not None:
-            print(f"  step {point['step']:<23d}{point['mauve']:.3f} +- {point['mauve_sd']:.3f}")
+        print(f"  step {point['step']:<23}{point['mauve']:.3f} +- {point['mauve_sd']:.3f}")
     if report["kl"] is not None:
         print(f"  KL to the base              {report['kl']:.3f} nats a token")
     print_texts(report["texts"])
@@ -286,14 +294,14 @@ def compare_runs(folders, featurizer_name, model, tokenizer, device):
     from features import featurizer
     ends = []
     for folder in folders:
-        floor, rollouts = read_lines(folder / "floor.jsonl"), read_lines(folder / "rollouts.jsonl")
+        rollouts, floor = read_texts(folder)
         ends.append({r["prefix"]: r for r in rollouts[-(len(floor) or WINDOW):]})
     common = [prefix for prefix in ends[0] if prefix in ends[1]]
     featurize = featurizer(featurizer_name, model, tokenizer, device, cache=folders[0] / "features.npz")
-    comparison = compare(featurize, *([end[prefix] for prefix in common] for end in ends))
-    if comparison is None:
+    if len(common) < 4:
         raise UserError(f"{folders[0]} and {folders[1]} end on {len(common)} common prefixes, and 4 are needed; "
                         "give two runs of the same --data, --seed and lengths")
+    comparison = compare(featurize, *([end[prefix] for prefix in common] for end in ends))
     print(f"\n{folders[0]} against {folders[1]}: {in_words(comparison)}")
     return comparison
 
@@ -319,8 +327,9 @@ if __name__ == "__main__":
     for name in ("fresh", "curve"):
         if getattr(flags, name) and not 4 <= getattr(flags, name) <= 10 ** 6:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0, or from 4 to a million")
-    if flags.other:
-        read_args(flags.other)
+    check_device(settings["device"])
+    for folder in filter(None, (flags.run, flags.other)):
+        read_texts(folder)
     from model import checked_device, load_model
     device = checked_device(settings["device"])
     model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device)

@@ -2,7 +2,7 @@
 Texts to features, for MAUVE: the hidden states of the run's own base model, or of another model; and their cache.
 
 What differs from the textbook: mauve-text featurizes gpt2 and bert names alone, one text at a time; this takes any
-model, in batches of texts of like length, on the GPU where there is one, and gives for those names what mauve-text gives.
+model, in batches of texts of like length, on the GPU where there is one, and gives for those names what it gives.
 """
 import hashlib
 import zipfile
@@ -11,9 +11,10 @@ from flags import UserError
 
 
 def base_states(model, tokenizer):
-    """Return `ids_of(text)` and `states(ids)` of the run's base model: ids (B, T) to last hidden states (B, T, H)."""
+    """Return `ids_of(text)`, `states(ids)` and H of the run's base model: ids (B, T) to last hidden states (B, T, H).
+    """
     from data import bos_ids, plain_encoder
-    from model import hidden_states, without_adapters
+    from model import causal_lm, hidden_states, without_adapters
     encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
 
     def ids_of(text):
@@ -23,11 +24,11 @@ def base_states(model, tokenizer):
         with without_adapters(model):
             return hidden_states(model, ids)  # (B, T, H)
 
-    return ids_of, states
+    return ids_of, states, causal_lm(model).config.get_text_config().hidden_size
 
 
 def hub_states(name, device):
-    """Return `ids_of(text)` and `states(ids)` of another model, by its id; a text is cut to 1024 tokens."""
+    """Return `ids_of(text)`, `states(ids)` and H of another model, by its id; a text is cut to 1024 tokens."""
     from transformers import AutoModel, AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -42,32 +43,33 @@ def hub_states(name, device):
     def states(ids):
         return model(ids).last_hidden_state  # (B, T, H)
 
-    return ids_of, states
+    return ids_of, states, model.config.hidden_size
 
 
 def featurizer(name, model, tokenizer, device, batch_size=32, cache=None):
     """Return `features(texts) -> (N, H) float32`; with `cache`, a .npz file, no text is computed twice.
 
     base: last hidden states of the run's own base model, mean over positions. Any other model id: the last token's
-    state, of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself.
+    state, of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself. An empty text is a
+    row of zeros, far from all others: mauve-text drops it without a word, and a model that falls silent would score high.
     """
     import numpy as np
     import torch
     from model import pad
-    ids_of, states = base_states(model, tokenizer) if name == "base" else hub_states(name, device)
+    ids_of, states, size = base_states(model, tokenizer) if name == "base" else hub_states(name, device)
 
     @torch.no_grad()
     def features(texts):
-        rows = [ids_of(text) for text in texts]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of like length together
-        out = [None] * len(rows)
+        rows = [ids_of(text) if text else [] for text in texts]
+        order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: len(rows[i]))  # like lengths together
+        out = np.zeros((len(rows), size), dtype=np.float32)  # (N, H)
         for first in range(0, len(order), batch_size):
             part = order[first:first + batch_size]
             hidden = states(pad([rows[i] for i in part], 0, device)).float()  # (B, T, H)
             for i, h in zip(part, hidden):
                 n = len(rows[i])
                 out[i] = (h[:n].mean(0) if name == "base" else h[n - 1]).cpu().numpy()  # (H,)
-        return np.stack(out)  # (N, H)
+        return out  # (N, H)
 
     source = f"{name} {getattr(model, 'name_or_path', '')} {getattr(model, 'dtype', '')}" if name == "base" else name
     return cached(features, cache, source) if cache else features

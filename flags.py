@@ -12,6 +12,9 @@ import signal
 import sys
 
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")  # of --data
+
+
 class UserError(SystemExit):
     """A user's mistake: says `message` in one line on standard error and ends the program with status 2.
 
@@ -25,7 +28,7 @@ class UserError(SystemExit):
 
 
 def escaped(text):
-    """Text that cannot move a terminal's cursor, change its colours or direction: what is not printable, by number."""
+    """Text that cannot move a terminal's cursor, change its colours or direction: what cannot be printed, escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -59,7 +62,16 @@ class Parser(argparse.ArgumentParser):
     def peek(self, flag):
         """The value that one flag has on the command line, unchecked; None where it has none."""
         words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
-        return next((value for name, value in zip(words, words[1:]) if name == flag), None)
+        return next((value for name, value in reversed([*zip(words, words[1:])]) if name == flag), None)
+
+    def checked(self, run, where):
+        """The flags of a run that was read from a file, if each has the type and is among the choices of ours."""
+        for action in self._actions:
+            value, kind = run.get(action.dest, action.default), action.type or type(action.default)
+            fits = value is None and action.default is None or isinstance(value, {float: (int, float)}.get(kind, kind))
+            if action.dest in run and (not fits or action.choices and value not in action.choices):
+                raise UserError(f"{where} holds no usable run: its args.json has {action.dest} = {value!r}")
+        return run
 
     def error(self, message):
         raise UserError(message)
@@ -72,9 +84,18 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 def read_args(out_dir):
     """The flags a run was started with, from its args.json."""
     try:
-        return dict(json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"])
+        run = dict(json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out_dir} holds no run: there is no readable args.json in it") from None
+    missing = {"preset", "model", "quant", "dtype", "device", "featurizer", "seeds", "num_steps"} - run.keys()
+    if missing:
+        raise UserError(f"{out_dir} holds no usable run: its args.json lacks {', '.join(sorted(missing))}")
+    return run
+
+
+def check_device(name):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...")
 
 
 def check(args):
@@ -90,6 +111,8 @@ def check(args):
             raise UserError(f"--{name} 0: must be above 0")
         if value == "":
             raise UserError(f"--{name} is empty; leave the flag out for its default")
+        if isinstance(value, str) and max(map(len, value.split("/"))) > 255:
+            raise UserError(f"--{name} {value[:20]}...: a name of {len(value)} characters is too long")
         if isinstance(value, int) and value >= 2 ** 63:
             raise UserError(f"--{name} {value}: must be below 2 to the 63")
     for name in ("beta1", "beta2", "ema_decay"):
@@ -104,10 +127,18 @@ def check(args):
     if args.sft and args.d_shuffle:
         raise UserError("--sft learns from the truth and not from the discriminator, so --d_shuffle has no effect; "
                         "give one of the two")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise UserError(f"--device {args.device}: must be cpu, cuda, or cuda:0, cuda:1, ...")
-    if args.data not in ("pile", "demo") and not pathlib.Path(args.data).exists():
-        raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
+    for name in ("g_lr", "d_lr"):
+        if getattr(args, name) > 100:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at most 100; 1e-5 to 1e-2 are usual")
+    if args.sft and args.adapters == "shared":
+        raise UserError("--sft: with --adapters shared the discriminator's steps would move the generator too; "
+                        "use --adapters separate")
+    check_device(args.device)
+    if args.data not in ("pile", "demo"):
+        if not pathlib.Path(args.data).exists():
+            raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
+        if not pathlib.Path(args.data).is_dir() and not args.data.endswith(SUFFIXES):
+            raise UserError(f"--data {args.data} is none of {', '.join(SUFFIXES)}, nor a folder of these")
     if args.model.startswith((".", "/", "~")) and not pathlib.Path(args.model).is_dir():
         raise UserError(f"--model {args.model}: there is no such folder; give a folder, a hub id, or demo")
     if args.out_dir and pathlib.Path(args.out_dir).is_file():

@@ -89,8 +89,8 @@ def audit(real, generated, num_folds=5):
     """Accuracy, in [0, 1], of a classifier that sees one side of a text alone; 0.5 is a coin.
 
     real, generated: lists of (ids, text), as the discriminator reads them, the i-th of both for the same prefix.
-    Logistic regression where the features are ids, a tree of depth 3 where they are sizes; cross-validated, a prefix never in
-    training and test at once. Returns name to (accuracy, its standard error if it were a coin).
+    Logistic regression where the features are ids, a tree of depth 3 where they are sizes; cross-validated, a prefix
+    never in training and test at once. Returns name to (accuracy, its standard error if it were a coin).
     """
     import numpy as np
     from sklearn.feature_extraction import DictVectorizer

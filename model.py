@@ -29,6 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 from flags import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEMO = pathlib.Path(__file__).parent / "demo"
+EMBEDDED = {"demo": str(DEMO / "base"), "demo-small": str(DEMO / "small")}
 FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, and 0 * (x - x) stays 0 in the KL
 CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which holds up to five
 
@@ -67,21 +69,28 @@ def memory_needs(model, num_trained, num_tokens, batch_size, micro_batch):
     return {purpose: size / 2**30 for purpose, size in parts.items()}
 
 
+def load_tokenizer(name):
+    """The tokenizer of a hub id, a folder, or an embedded model."""
+    try:
+        return AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
 def load_model(name, quant, dtype, device):
     """A causal LM and its tokenizer from a hub id, a folder, or `demo` and `demo-small`, which are embedded.
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
     """
-    embedded = {"demo": "base", "demo-small": "small"}
-    name = str(pathlib.Path(__file__).parent / "demo" / embedded[name]) if name in embedded else name
+    name = EMBEDDED.get(name, name)
     config = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quant]
+    tokenizer = load_tokenizer(name)
     disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:  # no such model, no hub, torn weights, not a causal LM

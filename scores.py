@@ -2,7 +2,7 @@
 MAUVE of feature matrices: over seeds of k-means, with an interval by bootstrap over texts, and in pairs.
 
 MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) is mauve-text's, with c = 5, a tenth as many buckets as texts,
-and its other defaults; only its public interface is used. Letters: N texts, H features, K buckets, W weights of a mixture.
+and its other defaults; only its public interface is used. Letters: N texts, H features, K buckets, W mixture weights.
 """
 import contextlib
 import os
@@ -54,7 +54,8 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
 def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
     """How far MAUVE moves when texts are drawn again with replacement, buckets kept: deviations (num_draws,).
 
-    They are taken from their own mean: drawing 500 texts out of 500 adds noise, which by itself lowers MAUVE.
+    They are taken from their own mean: drawing 500 texts out of 500 adds noise, which by itself lowers MAUVE. So an
+    interval made of them is one for MAUVE at this number of texts; the value for infinitely many lies elsewhere.
     """
     import numpy as np
     rng = np.random.default_rng(0)

@@ -87,7 +87,7 @@ if args.resume:
     if another:
         raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another run; "
                         f"only --{', --'.join(MAY_CHANGE)} may change")
-    run = read_args(args.resume)
+    run = parser.checked(read_args(args.resume), args.resume)
     changed = {name: getattr(args, name) for name in given}
     args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | changed)
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
@@ -104,14 +104,14 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import Signals, claim, hold, last_words, provenance, restore, save, trace_resume, write_whole
+from checkpoint import Signals, claim, hold, last_words, provenance, restore, save, sync, trace_resume, write_whole
 from data import bos_ids, plain_encoder, prompt_ids, windows
 from discriminator import Discriminator, discriminator_loss, pair_ids
 from evaluate import evaluate
 from features import featurizer
 from measures import distinct
 from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model,
-                   memory_gb, memory_needs, pad, token_logps, without_adapters)
+                   load_tokenizer, memory_gb, memory_needs, pad, token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
 from rollout import COMPLETION, THINKING, complete, rules, taught
 
@@ -121,16 +121,18 @@ from rollout import COMPLETION, THINKING, complete, rules, taught
 B, R, C = args.batch_size, args.reasoning_tokens, args.completion_tokens
 device = checked_device(args.device)
 torch.manual_seed(args.seed)
-model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
+sys.excepthook = last_words(None, {}, lambda: False)  # a lack of memory ends in one line
+tokenizer = load_tokenizer(args.model)
+stream = windows(args.data, plain_encoder(tokenizer), args.prefix_tokens, C, args.seed, text_field=args.text_field)
+stream[0]  # a source without a usable text fails here, before the weights are loaded
+model, _ = load_model(args.model, args.quant, args.dtype, device)
 encode, bos, rule = plain_encoder(tokenizer), bos_ids(tokenizer), rules(tokenizer, model)
 most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
 room = getattr(causal_lm(model).config, "max_position_embeddings", most)
 if most > room:
     raise UserError(f"--model {args.model} has {room} positions and a sequence takes up to {most}; lower "
                     "--prefix_tokens, --reasoning_tokens, --completion_tokens or --echo_tokens")
-stream = windows(args.data, encode, args.prefix_tokens, C, args.seed, text_field=args.text_field)
-stream[0]  # a source without a usable text fails here, and a featurizer that cannot be had in the next line
-featurizer(args.featurizer, model, tokenizer, "cpu")
+featurizer(args.featurizer, model, tokenizer, "cpu")  # one that cannot be had fails here, not after the run
 
 # players: two adapters, or one in both roles
 G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
@@ -252,9 +254,9 @@ def update(optimizer, lr):
 def give_up(records):
     """End a run whose updates are not finite any more, with the last batch's records beside it."""
     write_whole(out_dir / "bad_step.jsonl", "".join(records))
-    raise UserError(f"{args.max_bad_steps} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
-                    f"last one's sequences are in {out_dir}/bad_step.jsonl; the last checkpoint stands; lower --g_lr or "
-                    "--d_lr, or try --dtype bf16 or fp32", status=1)
+    raise UserError(f"{state['bad_steps']} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
+                    f"last one's sequences are in {out_dir}/bad_step.jsonl; the checkpoint from before them stands; start "
+                    "anew with a lower --g_lr or --d_lr, or with --dtype bf16 or fp32", status=1)
 
 
 def micro_batches(rows):
@@ -281,6 +283,7 @@ if args.floor_sequences and not floor.exists():
         if signals.stop:
             print(f"stopped before the first step; go on with: python train.py --resume {out_dir}")
             raise SystemExit(128 + signals.stop)
+    sync(partial)
     partial.rename(floor)
 
 # -----------------------------------------------------------------------------
@@ -295,6 +298,7 @@ for step in range(first_step, args.num_steps):
     batch = [stream[position] for position in range(first, first + B)]
     model.set_adapter(G)
     roll, completions = sample(batch, random_for("rollout", step))
+    num_drawn = roll.sampled.sum().item()
     t1 = time.time()
 
     # reward: what the discriminator, as it stands, makes of the completions; an empty one earns 0 and is not shown
@@ -339,10 +343,11 @@ for step in range(first_step, args.num_steps):
     # discriminator step: the real and the generated text of every prefix, in one batch
     model.set_adapter(D)
     d_loss, right = 0.0, torch.zeros(2)  # (2,)
+    shuffle = torch.randperm(2 * len(shown), generator=random_for("shuffle", step), device=device)  # (2B,)
     for rows in micro_batches(shown):
         labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
-        shuffle = torch.randperm(len(labels), generator=random_for("shuffle", step, rows[0]), device=device)  # (2b,)
-        told = labels[shuffle] if args.d_shuffle else labels  # (2b,)
+        place = shown.index(rows[0])
+        told = shuffle[2 * place:2 * (place + len(rows))] % 2 if args.d_shuffle else labels  # (2b,) half of all real
         verdicts = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
         loss = args.d_loss_scale * discriminator_loss(verdicts, told, args.d_loss) * len(rows) / len(shown)  # ()
         (loss * state["loss_scale"]).backward()
@@ -358,7 +363,7 @@ for step in range(first_step, args.num_steps):
     state["bad_steps"] = state["bad_steps"] + 1 if skipped else 0
     paid = [(reward[i].item(), p_real[i].item()) if pairs[i] else (0.0, None) for i in range(B)]
     records = [record(step, batch[i], roll, i, *completions[i], *paid[i]) for i in range(B)]
-    if state["bad_steps"] == args.max_bad_steps > 0:
+    if 0 < args.max_bad_steps <= state["bad_steps"]:
         give_up(records)
 
     # log
@@ -384,7 +389,7 @@ for step in range(first_step, args.num_steps):
             distinct_2=distinct([encode(text)[0] for text, _ in completions], 2),
             coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
             skipped=skipped, seconds=time.time() - t0, sample_seconds=t1 - t0,
-            update_seconds=t2 - t1, tokens_per_second=len(written) / (t2 - t0), memory_gb=memory_gb(device))
+            update_seconds=t2 - t1, tokens_per_second=num_drawn / (t2 - t0), memory_gb=memory_gb(device))
         metrics.write(json.dumps(finite(row)) + "\n")
         samples.write("".join(records))
         print(f"step {step}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real']:.2f} | length "
@@ -392,7 +397,8 @@ for step in range(first_step, args.num_steps):
 
     # save
     state["step"], stop = step + 1, signals.stop
-    if stop or step + 1 == args.num_steps or args.save_every and (step + 1) % args.save_every == 0:
+    due = args.save_every and (step + 1) % args.save_every == 0 and not state["bad_steps"]
+    if stop or step + 1 == args.num_steps or due:
         checkpoint()
     if stop:
         print(f"stopped after step {step}; go on with: python train.py --resume {out_dir}")
@@ -400,5 +406,8 @@ for step in range(first_step, args.num_steps):
 
 # -----------------------------------------------------------------------------
 # MAUVE of what was written, beside the floor and a ceiling
+if signals.stop:
+    print(f"stopped before the evaluation; go on with: python train.py --resume {out_dir}")
+    raise SystemExit(128 + signals.stop)
 metrics.close(), samples.close(), signals.default()
 evaluate(out_dir, args.featurizer, args.seeds, model, tokenizer, device)

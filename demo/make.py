@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("stage", choices=["pretrain", "register"])
 parser.add_argument("--size", choices=["base", "small"], default="base")
-parser.add_argument("--num_steps", type=int, default=None, help="unset: 3000, or 700 for the register")
+parser.add_argument("--num_steps", type=int, default=None, help="unset: 3000, or 800 for the register")
 parser.add_argument("--batch_size", type=int, default=24, help="sequences a step")
 parser.add_argument("--num_tokens", type=int, default=256, help="tokens a sequence of plain text")
 parser.add_argument("--lr", type=float, default=None, help="unset: 3e-3, or 1e-3 for the register")
@@ -33,7 +33,7 @@ parser.add_argument("--autocast", action="store_true",
                     help="bfloat16 matmuls: twice as fast where the CPU has AVX512-BF16")
 parser.add_argument("--work", default="out/make", help="where what is not shipped is kept")
 args = parser.parse_args()
-args.num_steps = args.num_steps or {"pretrain": 3000, "register": 700}[args.stage]
+args.num_steps = args.num_steps or {"pretrain": 3000, "register": 800}[args.stage]
 args.lr = args.lr or {"pretrain": 3e-3, "register": 1e-3}[args.stage]
 
 import tokenizers

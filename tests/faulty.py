@@ -72,7 +72,7 @@ if fault in ("kill_before", "kill_between", "full"):
 elif fault == "nan":
     first, last = map(int, details[0].split("-"))
     for number in range(first + 1, last + 2):  # one call a step: the tests' runs have no micro-batches
-        at_call(reward, "policy_loss", last + 1 if first == last else number, lambda call, args: call() * float("nan"))
+        at_call(reward, "policy_loss", number, lambda call, args: call() * float("nan"))
 elif fault == "oom":
     place = dict(sampling=(rollout, "rollout"), generator=(reward, "policy_loss"), discriminator=(discriminator, "discriminator_loss"))
     at_call(*place[details[0]], int(details[1]), no_memory)

@@ -11,6 +11,7 @@ import argparse
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,4 +74,6 @@ while kills < args.kills or words:
         print(f"    run {finished} ended: equal in every file and tensor", flush=True)
     elif (out / "args.json").exists():
         words = ["--resume", str(out)]
+    else:
+        shutil.rmtree(out, ignore_errors=True)  # it had not begun: what little is there can go
 print(f"{kills} of {args.kills} kills survived; {finished} runs reached their end, all equal to the uninterrupted one")

@@ -125,6 +125,24 @@ def test_a_run_that_copies_the_truth_scores_one_and_nonsense_scores_the_floor(tm
     assert "fewer than 2000" in capsys.readouterr().out
 
 
+def test_a_run_that_falls_silent_scores_low(tmp_path, demo, encode):
+    from data import windows
+    stream = windows("demo", encode, 16, 24, 0)
+    truths = [stream[p].truth for p in range(100)]
+    result = evaluate(make_run(tmp_path / "run", [""] * 90 + truths[90:], truths), "base", 2, *demo, "cpu")
+    assert result["mauve"] < 0.2 and result["num_sequences"] == 100 and result["num_empty"]["mauve"] == 90
+
+
+@pytest.mark.parametrize("line", [b"not json", b"\xff\xfe", b"[1]", b'{"prefix": "p", "completion": "c"}'])
+def test_a_damaged_line_is_named(line, tmp_path, demo, capsys):
+    run = make_run(tmp_path / "run", ["x"] * 9, ["y"] * 9)
+    rows = (run / "rollouts.jsonl").read_bytes().split(b"\n")
+    (run / "rollouts.jsonl").write_bytes(b"\n".join([*rows[:3], line, *rows[3:]]))
+    with pytest.raises(SystemExit) as error:
+        evaluate(run, "base", 2, *demo, "cpu")
+    assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_run_without_enough_sequences_is_one_line(tmp_path, demo, capsys):
     with pytest.raises(SystemExit) as error:
         evaluate(make_run(tmp_path / "run", ["x"], ["y"]), "base", 2, *demo, "cpu")

@@ -53,6 +53,7 @@ def test_a_mistake_is_one_line_that_names_its_flag(words, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, named", [
     ("--num_steps 1 --batch_size 3", "--num_steps"), ("--d_loss pair --d_shuffle", "--d_shuffle"), ("--resume out/x --num_steps 9", "--num_steps"),
+    ("--preset writeup --sft", "--sft"), ("--data README.md", "--data"), (f"--out_dir {'x' * 300}", "--out_dir"), ("--g_lr 1e30", "--g_lr"),
     ("--resume out/x --no-adv_norm", "--no-adv_norm"), ("--resume out/x --micro_batch 2", "out/x"), ("--sft --d_shuffle", "--sft"),
 ])
 def test_combinations_that_cannot_work_are_one_line(words, named, monkeypatch, capsys):
@@ -64,6 +65,18 @@ def test_the_table_covers_every_flag_and_is_long_enough():
     named = {words[0].split("=")[0] for words in CASES}
     flags = {f"--{name}" for name in re.findall(r'^add\("--(\w+)"', (ROOT / "train.py").read_text(), re.M)}
     assert flags <= named and len(CASES) >= 60
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", "{}", '{"args": {}}', '{"args": {"preset": "demo"}}', "batch_size=x", "num_steps=None", "device=None",
+                                     "quant=nf5", "adv_norm=1.5"])
+def test_a_run_with_a_damaged_args_file_is_one_line(content, tmp_path, monkeypatch, capsys):
+    good = dict(preset="demo", model="demo", quant="none", dtype="fp32", device="cpu", featurizer="base", seeds=5, num_steps=40)
+    if "=" in content:
+        key, value = content.split("=")
+        content = json.dumps({"args": {**good, key: None if value == "None" else float(value) if value == "1.5" else value}})
+    (tmp_path / "args.json").write_text(content)
+    code, out, err = started(["--resume", str(tmp_path)], monkeypatch, capsys)
+    assert code == 2 and out == "" and err.count("\n") == 1 and str(tmp_path) in err
 
 
 def wrong_sources(folder):
