@@ -51,7 +51,7 @@ def featurizer(name, model, tokenizer, device, batch_size=32, cache=None):
 
     base: last hidden states of the run's own base model, mean over positions. Any other model id: the last token's
     state, of at most 1024 tokens, which for gpt2 and bert names is what mauve-text computes itself. An empty text is a
-    row of zeros, far from all others: mauve-text drops it without a word, and a model that falls silent would score high.
+    row of zeros, far from all others: mauve-text drops it without a word, and a model fallen silent would score high.
     """
     import numpy as np
     import torch

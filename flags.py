@@ -67,7 +67,8 @@ class Parser(argparse.ArgumentParser):
     def checked(self, run, where):
         """The flags of a run that was read from a file, if each has the type and is among the choices of ours."""
         for action in self._actions:
-            value, kind = run.get(action.dest, action.default), action.type or type(action.default)
+            value = run.get(action.dest, action.default)
+            kind = action.type or (str if action.default is None else type(action.default))
             fits = value is None and action.default is None or isinstance(value, {float: (int, float)}.get(kind, kind))
             if action.dest in run and (not fits or action.choices and value not in action.choices):
                 raise UserError(f"{where} holds no usable run: its args.json has {action.dest} = {value!r}")

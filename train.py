@@ -254,9 +254,9 @@ def update(optimizer, lr):
 def give_up(records):
     """End a run whose updates are not finite any more, with the last batch's records beside it."""
     write_whole(out_dir / "bad_step.jsonl", "".join(records))
-    raise UserError(f"{state['bad_steps']} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
-                    f"last one's sequences are in {out_dir}/bad_step.jsonl; the checkpoint from before them stands; start "
-                    "anew with a lower --g_lr or --d_lr, or with --dtype bf16 or fp32", status=1)
+    raise UserError(f"{state['bad_steps']} steps in a row (--max_bad_steps) had a gradient that is not finite; their "
+                    f"last sequences are in {out_dir}/bad_step.jsonl; the checkpoint from before them stands; start anew "
+                    "with a lower --g_lr or --d_lr, or with --dtype bf16 or fp32", status=1)
 
 
 def micro_batches(rows):

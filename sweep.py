@@ -1,0 +1,594 @@
+"""
+Which settings next? A few runs at chosen corners, the effect of each factor, and a step up the steepest slope.
+
+    python sweep.py --factors g_lr=5e-6:1e-5:2e-5 d_lr=5e-6:2e-5:1e-4 d_scale=0.1:1:10 --num_steps 800
+    python sweep.py --factors g_lr=1e-3:2e-3:4e-3 kl_coef=0.05:0.1:0.2 -- --preset demo --num_steps 8
+    python sweep.py --factors g_lr=5e-6:1e-5:2e-5 beta1=0.9:0.93:0.95:lin --replicates 2 --jobs 4 --climb 3
+    python sweep.py --results table.csv                     # columns g_lr,d_lr,...,mauve: only the analysis
+
+A factor is name=low:centre:high, on a log scale unless it ends in :lin. The runs are the corners of the design, its
+centre, then the point of steepest ascent. What sweep.py does not know goes on to train.py. The same command goes on
+where one was stopped or killed: what is finished stays, what has a checkpoint is resumed.
+
+The method is that of Box, Hunter & Hunter, Statistics for Experimenters, 2nd edition: two-level designs and their
+standard errors in chapter 5, half fractions in 6, steepest ascent in 12. What differs from the textbook:
+1) Effects are half-effects: the change of MAUVE for one coded unit, from the middle to a level, not from low to high.
+2) A centre need not lie in the middle. The ascent takes as a factor's coded unit its interval on the side it goes to:
+   high - centre upwards, centre - low downwards. So the write-up went from its table to its run 05.
+3) The next point is rounded to clean values, since a step's length is a guess: 1, 2, 3 or 5 times a power of ten.
+4) No random order: a run is a function of its flags and its seed, not of the hour at which it ran.
+"""
+import collections
+import csv
+import difflib
+import fcntl
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+from flags import Parser, UserError, escaped
+
+HERE = pathlib.Path(__file__).parent
+TRAIN = [sys.executable, "-u", str(HERE / "train.py")]  # the command of a run, before its flags
+OWN = "id seed mauve mauve_sd floor status".split()  # columns of sweep.csv that are no factors
+LETTERS, ROMAN = "ABCDEFG", "0 I II III IV V VI VII".split()
+
+Factor = collections.namedtuple("Factor", "name low centre high scale kind")  # scale: log or lin; kind: int or float
+Run = collections.namedtuple("Run", "id seed values")  # values: a number a factor
+Design = collections.namedtuple("Design", "rows aliases generator resolution")
+Effects = collections.namedtuple("Effects", "mean half se sd df curvature curvature_se")
+
+
+def read_flags(argv):
+    """The flags of sweep.py, and the words that are meant for train.py."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--factors", nargs="+", default=None, help="2 to 7 numeric flags of train.py, as name=low:centre:high[:lin]")
+    add("--results", default=None, help="table to analyse, .csv with a column a factor and mauve; nothing is run")
+    add("--out_dir", default=None, help="folder of the sweep (unset: out/sweep, or the folder of --results)")
+    add("--replicates", type=int, default=1, help="seeds a point; from 2 on the effects have standard errors")
+    add("--seed", type=int, default=0, help="of a point's first run; its replicates take the seeds that follow")
+    add("--jobs", type=int, default=1, help="runs at a time, each on a GPU of its own")
+    add("--ascent_step", type=float, default=1.5, help="coded units that the factor of the largest effect moves")
+    add("--climb", type=int, default=0, help="most steps beyond the ascent point, while MAUVE does not fall (0: none)")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, unknown = parser.parse_known_args(argv[:cut])
+    for name, least in (("replicates", 1), ("jobs", 1), ("climb", 0), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    if not 0 < args.ascent_step < math.inf:
+        raise UserError(f"--ascent_step {args.ascent_step}: must be a finite number above 0")
+    if not (args.factors or args.results):
+        raise UserError("give --factors name=low:centre:high ..., or --results table.csv; --help shows examples")
+    return args, unknown + argv[cut + 1:]
+
+
+# -----------------------------------------------------------------------------
+# factors
+
+def train_flags():
+    """The flags of train.py by name, each with its type: int, float, or None where it is no number."""
+    found = re.findall(r'^add\("--(\w+)"(?:, type=(int|float))?', (HERE / "train.py").read_text(encoding="utf-8"), re.M)
+    return {name: {"int": int, "float": float}.get(kind) for name, kind in found}
+
+
+def read_factor(spec, kinds):
+    """A Factor from name=low:centre:high[:lin]. kinds: name to int or float, the flags that may be one."""
+    name, _, levels = spec.partition("=")
+    *levels, scale = levels.split(":") if levels.endswith((":lin", ":log")) else [*levels.split(":"), "log"]
+    wrong = f"--factors {spec}: "
+    if len(levels) != 3:
+        raise UserError(wrong + "must be name=low:centre:high, with :lin behind it for a linear scale")
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1, 0.5)
+        raise UserError(wrong + f"{name or 'an empty name'} is no numeric flag of train.py"
+                        + (f", did you mean {near[0]}?" if near else f"; these are: {', '.join(sorted(kinds))}"))
+    try:
+        low, centre, high = map(kinds[name], levels)
+    except ValueError:
+        what = "whole numbers" if kinds[name] is int else "numbers"
+        raise UserError(wrong + f"low, centre and high of {name} must be {what}") from None
+    if not (low < centre < high and math.isfinite(high - low)):
+        raise UserError(wrong + "low, centre and high must be finite and rise in this order")
+    if scale == "log" and low <= 0:
+        raise UserError(wrong + "a log scale needs low above 0; put :lin behind it for a linear one")
+    return Factor(name, low, centre, high, scale, kinds[name])
+
+
+def read_factors(specs, kinds):
+    """2 to 7 Factors of different names."""
+    factors = [read_factor(spec, kinds) for spec in specs]
+    names = [f.name for f in factors]
+    if not 2 <= len(set(names)) == len(names) <= 7:
+        raise UserError(f"--factors {' '.join(names)}: must be 2 to 7 different flags")
+    return factors
+
+
+def told(value):
+    """A number as it is shown and handed on: 12 digits at most, no trailing zeros."""
+    return f"{value:.12g}"
+
+
+def point_told(factors, values):
+    return " ".join(f"{f.name}={told(value)}" for f, value in zip(factors, values))
+
+
+def spec_of(f):
+    return f"{f.name}={told(f.low)}:{told(f.centre)}:{told(f.high)}" + (":lin" if f.scale == "lin" else "")
+
+
+# -----------------------------------------------------------------------------
+# the mathematics
+
+def design(k):
+    """The two-level design of k factors, in standard order: the first factor changes fastest, from -1.
+
+    Full for k = 2. From 3 on the half fraction 2^(k-1): the last factor's column is the product of all others, so the
+    defining relation is I = AB...K, an effect is aliased with that of all other letters, and the resolution is k
+    (Box, Hunter & Hunter, chapter 6). aliases: each pair once, as {"A": "BC", ...}.
+    """
+    letters, free = LETTERS[:k], k - 1 if k > 2 else k
+    rows = [[1 if number >> j & 1 else -1 for j in range(free)] for number in range(2 ** free)]
+    if k == 2:
+        return Design(rows, {}, None, "full")
+    rows = [[*row, math.prod(row)] for row in rows]
+    pairs = [("".join(some), "".join(x for x in letters if x not in some))
+             for size in range(1, k // 2 + 1) for some in itertools.combinations(letters, size)]
+    aliases = {some: rest for some, rest in pairs if len(some) < len(rest) or some < rest}
+    return Design(rows, aliases, f"{letters[-1]} = {letters[:-1]}", ROMAN[k])
+
+
+def effects(coded, y, centre=()):
+    """Half-effects of orthogonal columns of +-1, with standard errors where there are replicates.
+
+    coded: a row a corner; y: a corner's replicates, as a list, or its one response; centre: those of the centre.
+    With m_i the mean of the r_i replicates of corner i out of n (Box, Hunter & Hunter, chapter 5):
+    half_j = sum_i coded_ij m_i / n, se = sd / n sqrt(sum_i 1 / r_i), which is sd / sqrt(runs) when all r_i are equal;
+    sd^2 = pooled variance within points, on df degrees of freedom. curvature: mean of the corners - mean of the centre.
+    """
+    y = [list(some) if isinstance(some, (list, tuple)) else [some] for some in y]
+    means, n = [statistics.fmean(some) for some in y], len(y)
+    half = [sum(row[j] * m for row, m in zip(coded, means)) / n for j in range(len(coded[0]))]
+    mean, points = statistics.fmean(means), [*y, list(centre)] if centre else y
+    df = sum(len(some) - 1 for some in points)
+    squares = sum((x - statistics.fmean(some)) ** 2 for some in points for x in some)
+    sd = math.sqrt(squares / df) if df else None
+    of_mean = math.sqrt(sum(1 / len(some) for some in y)) / n  # in units of sd; that of a half-effect is the same
+    return Effects(mean, half, sd * of_mean if df else None, sd, df,
+                   mean - statistics.fmean(centre) if centre else None,
+                   sd * math.sqrt(of_mean ** 2 + 1 / len(centre)) if df and centre else None)
+
+
+def on_scale(f, value):
+    return math.log(value) if f.scale == "log" else value
+
+
+def unit(f, upwards):
+    """A coded unit of a factor on its own scale: the interval on the side that one goes to."""
+    return on_scale(f, f.high) - on_scale(f, f.centre) if upwards else on_scale(f, f.centre) - on_scale(f, f.low)
+
+
+def coded_value(f, value):
+    """Where a value lies in coded units: -1 at low, 0 at the centre, 1 at high."""
+    away = on_scale(f, value) - on_scale(f, f.centre)
+    return away / unit(f, away >= 0)
+
+
+def steepest(factors, half, ascent_step=1.5):
+    """The point of steepest ascent, not rounded: from the centre along the half-effects, the largest of which moves its
+    factor `ascent_step` coded units and the others theirs in proportion (Box, Hunter & Hunter, chapter 12).
+    """
+    largest, values = max(map(abs, half)), []
+    for f, h in zip(factors, half):
+        away = ascent_step * h / largest
+        value = on_scale(f, f.centre) + away * unit(f, away >= 0)
+        values.append(math.exp(value) if f.scale == "log" else value)
+    return values
+
+
+def clean(value, ladder=(1, 2, 3, 5)):
+    """The number nearest to a positive value, by ratio, among `ladder` times powers of ten."""
+    exponent = math.floor(math.log10(value))
+    rungs = [float(f"{rung}e{power}") for power in (exponent, exponent + 1) for rung in ladder]
+    return min(rungs, key=lambda rung: abs(math.log(rung / value)))
+
+
+def rounded(f, value):
+    """A factor's value made clean: on a log scale on the ladder or, where that moves it by more than half a coded unit,
+    with the fewest digits that do not; on a linear one a multiple of about a fifth of a coded unit.
+    """
+    size = unit(f, value >= f.centre)
+    if f.scale == "lin":
+        grid = clean(size / 5, ladder=(1, 2, 5))  # without 3, whose multiples look like any number
+        value = float(told(round(value / grid) * grid))
+        return round(value) if f.kind is int else value
+    tries = [clean(value), *(float(f"{value:.{digits}g}") for digits in range(2, 18))]
+    value = next(x for x in tries if abs(math.log(x / value)) <= size / 2 + 1e-9)
+    return max(round(value), 1) if f.kind is int else value
+
+
+def ascend(factors, half, ascent_step=1.5):
+    """The next point: that of steepest ascent in clean values, a number a factor."""
+    return [rounded(f, value) for f, value in zip(factors, steepest(factors, half, ascent_step))]
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+def recall(out_dir, facts):
+    """What the sweep's folder remembers in sweep.json: facts, and the points of the climb. Other facts are refused."""
+    if (out_dir / "args.json").exists():
+        raise UserError(f"--out_dir {out_dir} holds a run; choose another --out_dir for the sweep")
+    file = out_dir / "sweep.json"
+    memory = json.loads(file.read_text()) if file.exists() else {**facts, "climb": []}
+    for key, wanted in facts.items():
+        if memory[key] != wanted:
+            was = (" ".join(memory[key]) or "none") if isinstance(wanted, list) else memory[key]
+            raise UserError(f"--out_dir {out_dir} holds a sweep whose {key} were: {was}; go on with the same, "
+                            "or choose another --out_dir")
+    return memory
+
+
+def taken(number):
+    """Lock an open file for this process and those that inherit it; False where another one has it."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def write_whole(path, text):
+    """Write a file beside, then rename it, so that it is never there by half."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(path)
+
+
+def result_of(folder):
+    """What a finished run measured: mauve, mauve_sd, floor; None where it has not finished."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):  # a torn one is measured again
+        return None
+    return result if result.get("mauve") is not None else None
+
+
+def start(folder, run, factors, flags, gpu):
+    """Start a run, or go on with it. Its log.txt stays locked for as long as it lives, whatever becomes of us."""
+    values = itertools.chain(*((f"--{f.name}", told(value)) for f, value in zip(factors, run.values)))
+    words = [*flags, *values, "--seed", str(run.seed), "--out_dir", str(folder)]
+    if (folder / "args.json").exists():  # written after the first checkpoint
+        words = ["--resume", str(folder)]
+    env = dict(os.environ)
+    if not re.search(r"--device[ =](cpu|cuda:)", " ".join(flags)):
+        env["CUDA_VISIBLE_DEVICES"] = gpu
+    folder.mkdir(exist_ok=True)
+    with open(folder / "log.txt", "ab") as log:
+        taken(log.fileno())
+        # a session of its own, so that Ctrl-C reaches it once, through us, and it saves
+        return subprocess.Popen([*TRAIN, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
+                                start_new_session=True)
+
+
+def await_orphans(out_dir, runs, stop):
+    """Wait for runs that outlived an earlier sweep.py, killed outright: they still write, each on some GPU."""
+    for run in runs:
+        if (out_dir / run.id / "log.txt").exists():
+            with open(out_dir / run.id / "log.txt", "ab") as log:
+                if not taken(log.fileno()):
+                    print(f"run {run.id} is still under way from an earlier start; waiting for it", flush=True)
+                    while not (stop or taken(log.fileno())):
+                        time.sleep(0.2)
+
+
+def run_all(out_dir, runs, factors, flags, jobs, stop, after):
+    """Do what is not finished among some runs, `jobs` at a time; after(run, status) is told of each that ends.
+
+    stop: a list that signals are appended to; each is passed on, so that the runs save and end, and no other begins.
+    """
+    await_orphans(out_dir, runs, stop)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(jobs)))).split(",")
+    waiting, running, passed_on = [run for run in runs if not result_of(out_dir / run.id)], {}, 0
+    while running or waiting and not stop:
+        for slot in range(jobs):
+            if waiting and slot not in running and not stop:
+                run = waiting.pop(0)
+                print(f"run {run.id}: {point_told(factors, run.values)} seed={run.seed}", flush=True)
+                running[slot] = run, start(out_dir / run.id, run, factors, flags, gpus[slot % len(gpus)])
+        for slot, (run, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[slot]
+                result, status = result_of(out_dir / run.id), "stopped" if stop else f"failed ({process.returncode})"
+                ending = f"mauve {result['mauve']:.3f}" if result else f"{status}: {last_line(out_dir / run.id)}"
+                print(f"run {run.id}: {ending}", flush=True)
+                after(run, "done" if result else status)
+        if passed_on < len(stop):  # a second one ends them at once
+            passed_on += 1
+            for _, process in running.values():
+                process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+
+
+def last_line(folder):
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return escaped(next((line for line in reversed(lines) if line.strip()), "it printed nothing")[:300])
+
+
+# -----------------------------------------------------------------------------
+# analysis: the table, the report, the picture
+# rows: one a run, a dict of id, seed, values, mauve, mauve_sd, floor, status
+
+def row_of(folder, run, status):
+    result = result_of(folder) or {}
+    return {"id": run.id, "seed": run.seed, "values": run.values,
+            **{key: result.get(key) for key in ("mauve", "mauve_sd", "floor")}, "status": "done" if result else status}
+
+
+def read_table(path, factors):
+    """The rows of a .csv with a header, and its Factors: where `factors` is None, from the three values in a column."""
+    def number(row, name):
+        try:
+            return float(row[name])
+        except (TypeError, ValueError):
+            raise UserError(f"--results {path}: {name} is {row[name]!r} in one row, and must be a number") from None
+
+    try:
+        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--results {path} cannot be read: {error}") from None
+    head = list(lines[0]) if lines else []
+    missing = [name for name in ["mauve", *(f.name for f in factors or [])] if name not in head]
+    if missing:
+        raise UserError(f"--results {path} has no column {', '.join(missing)}; it has {', '.join(map(str, head))}")
+    if factors is None:
+        kinds, specs = train_flags(), []
+        for name in (name for name in head if name in kinds and name not in OWN):
+            levels = sorted({number(row, name) for row in lines})
+            if len(levels) > 1:
+                specs.append(f"{name}={':'.join(map(told, levels))}" + (":lin" if levels[0] <= 0 else ""))
+        if any(spec.count(":") - spec.endswith(":lin") != 2 for spec in specs):
+            raise UserError(f"--results {path}: not three levels each: {' '.join(specs)}; give --factors")
+        factors = read_factors(specs, kinds)
+    rows = [{"id": row.get("id") or f"{i:02d}", "seed": row.get("seed"),
+             "values": [number(row, f.name) for f in factors],
+             **{key: number(row, key) if row.get(key) else None for key in ("mauve", "mauve_sd", "floor")},
+             "status": row.get("status") or ("done" if row["mauve"] else "")} for i, row in enumerate(lines)]
+    for f, value in ((f, value) for row in rows for f, value in zip(factors, row["values"])):
+        if f.scale == "log" and value <= 0:
+            raise UserError(f"--results {path}: {f.name} is {told(value)}, and a log scale needs values above 0")
+    return factors, rows
+
+
+def table(head, rows):
+    """A Markdown table, its columns aligned; numbers at 5 digits, None as a dash."""
+    def cell(x):
+        return f"{x:.5g}" if isinstance(x, float) else "-" if x is None else str(x)
+
+    cells = [[cell(x) for x in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths))} |" for row in cells]
+    return [lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:], ""]
+
+
+def by_place(factors, rows):
+    """The MAUVEs of the corners, a list each; of the centre, a list; and of other points, (values, list) each."""
+    plan, centre, others = design(len(factors)).rows, [], {}
+    corners = [[] for _ in plan]
+    for row in (row for row in rows if row["mauve"] is not None):
+        coded = [round(coded_value(f, value), 6) for f, value in zip(factors, row["values"])]
+        place = (corners[plan.index(coded)] if coded in plan else others.setdefault(tuple(row["values"]), [])
+                 if any(coded) else centre)
+        place.append(row["mauve"])
+    return corners, centre, list(others.items())
+
+
+def remarks(e, centre):
+    """What Effects say beside the effects themselves."""
+    curved = f", centre {statistics.fmean(centre):.5g}, curvature {e.curvature:.5g}" if centre else ""
+    curved += f" +- {e.curvature_se:.5g}" if e.curvature_se is not None else ""
+    spread = (f"Standard deviation of a run {e.sd:.5g} on {e.df} degrees of freedom." if e.df else
+              "No point has replicates, so there are no standard errors (--replicates).")
+    return ["A half-effect is the change of MAUVE for one coded unit.",
+            f"Mean of the corners {e.mean:.5g}{curved}. {spread}", ""]
+
+
+def report(factors, rows, ascent_step):
+    """sweep.md in two parts: the design with its runs, and what follows from them."""
+    plan, (corners, centre, others) = design(len(factors)), by_place(factors, rows)
+    k, names = len(factors), [f.name for f in factors]
+    head = [f"# Sweep of {', '.join(names)}", "", "## Design", ""]
+    head += ["2^2, full: no effect is aliased.", ""] if k == 2 else [
+        f"2^({k}-1), a half fraction of resolution {plan.resolution}, generator {plan.generator}. Aliases, effects "
+        f"that it cannot tell apart: {', '.join(f'{one} = {other}' for one, other in plan.aliases.items())}.", ""]
+    head += table(["", "factor", "low", "centre", "high", "scale"],
+                  [[letter, f.name, told(f.low), told(f.centre), told(f.high), f.scale]
+                   for letter, f in zip(LETTERS, factors)])
+    head += table(["run", "seed", *names, *OWN[2:]],
+                  [[row["id"], row["seed"], *map(told, row["values"]), *(row[key] for key in OWN[2:])] for row in rows])
+    if not all(corners):
+        empty = ["(" + " ".join(f"{x:+d}" for x in row) + ")" for row, y in zip(plan.rows, corners) if not y]
+        return head, [f"No effects yet: no MAUVE at the corners {', '.join(empty)}.", ""]
+    e = effects(plan.rows, corners, centre)
+    body = ["## Effects", "", *table(
+        ["factor", "half-effect", "standard error", "aliased with"],
+        [[f"{letter} {f.name}", h, e.se, plan.aliases.get(letter)] for letter, f, h in zip(LETTERS, factors, e.half)])]
+    body += [*remarks(e, centre), "## Next point", ""]
+    if not any(e.half):
+        return head, [*body, "All effects are 0: there is no slope to climb.", ""]
+    exact, values = steepest(factors, e.half, ascent_step), ascend(factors, e.half, ascent_step)
+    unrounded = " ".join(f"{f.name}={x:.4g}" for f, x in zip(factors, exact))
+    body += [f"{ascent_step:g} coded units up the steepest slope: {unrounded}", "",
+             f"next point {point_told(factors, values)}", ""]
+    if others:
+        climb = [[point_told(factors, x), statistics.fmean(y)] for x, y in others]
+        body += table(["beyond the design", "mauve"], climb)
+    return head, body
+
+
+def draw(path, factors, rows):
+    """sweep.png: the half-effects, the responses at corners and centre, and the climb from the centre."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no state
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install matplotlib; all else was written") from None
+    plan, (corners, centre, others) = design(len(factors)).rows, by_place(factors, rows)
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(len(factors), max(len(plan) + 1, 5), 4))
+    if all(corners):
+        e = effects(plan, corners, centre)
+        left.errorbar(range(len(factors)), e.half, yerr=e.se, fmt="o", capsize=4)
+    left.set(title="half-effects" + (" with standard errors" if all(corners) and e.se is not None else ""),
+             ylabel="MAUVE a coded unit", xlim=(-0.5, len(factors) - 0.5))
+    left.set_xticks(range(len(factors)), [f.name for f in factors])
+    left.axhline(0, color="grey", linewidth=0.8)
+
+    labels = ["\n".join("+" if x > 0 else "-" for x in row) for row in plan] + ["\n".join("0" * len(factors))]
+    for i, y in enumerate([*corners, centre]):
+        middle.plot([i] * len(y), y, "o" if i < len(plan) else "s", color="C0" if i < len(plan) else "C1")
+    middle.set(title="responses at the corners and the centre", ylabel="MAUVE")
+    middle.set_xticks(range(len(labels)), labels, fontsize=min(9, 160 / len(labels)))
+    middle.set_xlabel("levels of " + ", ".join(f.name for f in factors) + ", downwards", fontsize=8)
+
+    climb = sorted([(0.0, centre), *((max(abs(coded_value(f, x)) for f, x in zip(factors, values)), y)
+                                    for values, y in others)])
+    climb = [(x, y) for x, y in climb if y]
+    right.plot([x for x, _ in climb], [statistics.fmean(y) for _, y in climb], "-", color="C2")
+    right.plot([x for x, y in climb for _ in y], [m for _, y in climb for m in y], "o", color="C2")
+    floors = [row["floor"] for row in rows if row["floor"] is not None]
+    if floors:
+        right.axhline(statistics.fmean(floors), color="grey", linestyle=":", label="floor: the base model")
+        right.legend()
+    right.set(title="the climb", xlabel="coded units from the centre, largest factor", ylabel="MAUVE")
+    right.set_xlim(-0.1, max([x for x, _ in climb] + [1.5]) + 0.1)
+    figure.savefig(path, dpi=120)
+
+
+def write_table(path, factors, rows):
+    file = io.StringIO()
+    out = csv.writer(file, lineterminator="\n")
+    out.writerow(["id", "seed", *(f.name for f in factors), *OWN[2:]])
+    out.writerows([row["id"], row["seed"], *map(told, row["values"]), *(row[key] for key in OWN[2:])] for row in rows)
+    write_whole(path, file.getvalue())
+
+
+# -----------------------------------------------------------------------------
+
+def write_all(out_dir, factors, rows, ascent_step):
+    """Print the analysis and write it down; the picture last, as it may lack its library."""
+    head, body = report(factors, rows, ascent_step)
+    print("\n" + "\n".join(body), flush=True)
+    write_table(out_dir / "sweep.csv", factors, rows)
+    write_whole(out_dir / "sweep.md", "\n".join(head + body))
+    draw(out_dir / "sweep.png", factors, rows)
+
+
+def main(argv):
+    args, flags = read_flags(argv)
+    kinds = train_flags()
+    numeric = {name: kind for name, kind in kinds.items() if kind and name != "seed"}
+    factors = read_factors(args.factors, numeric) if args.factors else None
+    if args.results:
+        if flags:
+            raise UserError(f"--results runs nothing, so there is no use for {' '.join(flags)}")
+        path = pathlib.Path(args.results)
+        factors, rows = read_table(path, factors)
+        return write_all(made(args.out_dir or path.parent), factors, rows, args.ascent_step)
+    check_passed_on(flags, factors, kinds)
+    if importlib.util.find_spec("matplotlib") is None:  # now, not after days of runs
+        raise UserError("the picture at the end needs matplotlib: pip install matplotlib")
+    out_dir = made(args.out_dir or "out/sweep")
+    with open(out_dir / "lock", "a") as lock:
+        if not taken(lock.fileno()):
+            raise UserError(f"--out_dir {out_dir} is in use by another process; wait for it, or choose another folder")
+        sweep(out_dir, factors, flags, args)
+
+
+def made(out_dir):
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {out_dir} cannot be made: {error}") from None
+    return pathlib.Path(out_dir)
+
+
+def check_passed_on(flags, factors, kinds):
+    """Refuse words that train.py would refuse in every run, or that the sweep gives itself."""
+    for word in (word.split("=")[0] for word in flags if word.startswith("--")):
+        name = word.removeprefix("--")
+        if name in ("seed", "out_dir", "resume") or name in [f.name for f in factors]:
+            raise UserError(f"{word} is the sweep's to give to each run; leave it out behind --")
+        if name.removeprefix("no-") not in kinds:
+            near = difflib.get_close_matches(name, [*kinds, "factors", "results", "replicates", "jobs", "climb"], 1)
+            advice = f", did you mean --{near[0]}?" if near else "; --help of sweep.py and train.py list them all"
+            raise UserError(f"unknown flag {word}{advice}")
+
+
+def sweep(out_dir, factors, flags, args):
+    """The runs of the design, the ascent point, and the climb."""
+    memory = recall(out_dir, {"factors": [spec_of(f) for f in factors], "flags": flags, "seed": args.seed})
+    plan, stop, status = design(len(factors)).rows, [], {}
+    points = [[f.low if x < 0 else f.high for f, x in zip(factors, row)] for row in plan]
+    points.append([f.centre for f in factors])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+
+    def runs_of(some, first):  # all with the first seed, then all with the next
+        return [Run(f"{i:02d}" + (f"-{r}" if r else ""), args.seed + r, values)
+                for r in range(args.replicates) for i, values in enumerate(some, first)]
+
+    def rows():
+        runs = sorted(runs_of([*points, *memory["climb"]], 0))  # by id
+        return [row_of(out_dir / run.id, run, status.get(run.id, "waiting")) for run in runs]
+
+    def after(run, ending):
+        status[run.id] = ending
+        write_table(out_dir / "sweep.csv", factors, rows())
+
+    def do(some, first):
+        write_whole(out_dir / "sweep.json", json.dumps(memory, indent=2) + "\n")
+        run_all(out_dir, runs_of(some, first), factors, flags, args.jobs, stop, after)
+
+    do(points, 0)
+    corners, centre, _ = by_place(factors, rows())
+    half = effects(plan, corners).half if all(corners) else [0]
+    before = statistics.fmean(centre) if centre else -math.inf
+    for number in range(args.climb + 1 if any(half) else 0):
+        values = ascend(factors, half, args.ascent_step * (number + 1))
+        if stop:
+            break
+        if values not in memory["climb"]:  # one of an earlier --ascent_step or number of replicates keeps its number
+            memory["climb"].append(values)
+        do([values], len(points) + memory["climb"].index(values))
+        reached = [row["mauve"] for row in rows() if row["values"] == values and row["mauve"] is not None]
+        if not reached or statistics.fmean(reached) < before:
+            break
+        before = statistics.fmean(reached)
+    write_all(out_dir, factors, rows(), args.ascent_step)
+    finish(out_dir, stop, [name for name, ending in status.items() if ending != "done"])
+
+
+def finish(out_dir, stop, failed):
+    """The exit status of a sweep: 0, 1 where runs failed, 130 or 143 where a signal stopped it."""
+    if stop:
+        print("stopped; the same command goes on", flush=True)
+        raise SystemExit(128 + stop[0])
+    if failed:
+        raise UserError(f"runs that failed: {', '.join(failed)}; log.txt in their folders in {out_dir} says why; "
+                        "the same command tries them again", status=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
