@@ -43,15 +43,21 @@ PANELS = [  # title, metrics (the first is drawn solid, the second dashed), rang
 STYLES = ["-", (0, (4, 2))]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, for the colour-blind too
 THEMES = {"light": ("#ffffff", "#1f2328", "#d1d9e0"), "dark": ("#151b23", "#e6edf3", "#3d444d")}  # paper, ink, lines
+ALONE = {"light": COLOURS[0], "dark": COLOURS[-1]}  # of the report's one run
 LEAST = 1e-4  # a log axis has no 0: an incoherence below this is drawn here
 SMOOTH = 100  # from so many steps on, a strong line is the mean over a 50th of the run, and the steps are faint
 SCORES = {"floor": "floor: the base model", "mauve": "result: the end of the run",
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last 2000 (the write-up's protocol)"}
-SHOWN = "step prefix think completion truth reward p_real length_score".split()  # of a sample, in the report
+SHOWN = "prefix think completion truth reward p_real length_score".split()  # of a sample, in the report
 
 
 # -----------------------------------------------------------------------------
 # reading
+
+def parsed(text):
+    """A JSON object as a dict; nan and infinities, which browsers do not read, are null."""
+    return dict(json.loads(text, parse_constant=lambda name: None))
+
 
 def read_new(file, offset=0):
     """The records of a .jsonl file from a byte on, and the byte after them; a last line still being written waits."""
@@ -62,9 +68,9 @@ def read_new(file, offset=0):
         opened.seek(offset)
         whole, newline, _ = opened.read().rpartition(b"\n")  # bytes, as a torn line may end inside a character
     try:
-        return [json.loads(line) for line in whole.split(b"\n") if line], offset + len(whole + newline)
-    except ValueError:
-        raise UserError(f"{file} is damaged: it holds a line that is not JSON") from None
+        return [parsed(line) for line in whole.split(b"\n") if line], offset + len(whole + newline)
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged: a line of it is not a JSON object") from None
 
 
 def follow(folder, name, pause=1.0):
@@ -80,7 +86,7 @@ def follow(folder, name, pause=1.0):
 def read_json(file):
     """One of a run's .json files; {} where it has none yet."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+        return parsed(file.read_bytes()) if file.exists() else {}
     except (ValueError, TypeError):
         raise UserError(f"{file} is damaged; make it again with: python evaluate.py {file.parent}") from None
 
@@ -217,7 +223,7 @@ def draw_runs(folders, file):
     lines = [panels[0].plot([], [], color=run["colour"], linewidth=4)[0] for run in runs]
     fig.legend(lines, [run["name"] for run in runs], loc="outside upper left", ncols=4, fontsize=12)
     longest = max(len(run["metrics"]["step"]) for run in runs)
-    note = f"; strong: means over a 50th of a run, faint: every step" if longest >= SMOOTH else ""
+    note = "; strong: means over a 50th of a run, faint: every step" if longest >= SMOOTH else ""
     fig.supxlabel(f"step{note}", fontsize=10)
     save(lambda out: fig.savefig(out, dpi=110, format="png"), file)
 
@@ -225,7 +231,7 @@ def draw_runs(folders, file):
 def draw_alone(run, panel, theme):
     """One panel as a data: URI."""
     fig, (axes,) = figure(theme, 4.4, 3.1)
-    draw_panel(axes, [run], *panel)
+    draw_panel(axes, [{**run, "colour": ALONE[theme]}], *panel)
     picture = io.BytesIO()
     fig.savefig(picture, dpi=140, format="png")
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
@@ -247,25 +253,25 @@ def save(write, file):
 def chosen(folder, samples_per_step, most_steps):
     """The samples that the page shows, a dict a step: the first of each, on steps spread evenly over the run.
 
-    The base model's, from before training, come first; their step is null.
+    The base model's from before training come first, with null for a step, on the prefixes that the run ends with.
     """
+    records, floor = read_new(folder / "rollouts.jsonl")[0], read_new(folder / "floor.jsonl")[0]
     steps = collections.defaultdict(list)
-    for record in read_new(folder / "rollouts.jsonl")[0]:
+    for record in records:
         steps[record["step"]].append(record)
-    ends = len(steps) - 1
-    some = sorted(steps) if ends < most_steps else [sorted(steps)[round(i * ends / (most_steps - 1))]
-                                                    for i in range(most_steps)]
-    base = [{**record, "step": None} for record in read_new(folder / "floor.jsonl")[0]]
-    groups = [(None, base)] * bool(base) + [(step, steps[step]) for step in some]
-    return {"num_steps": len(steps), "num_samples": sum(map(len, steps.values())), "steps": [
-        {"step": step, "of": len(records), "samples": [
-            {key: readable(record[key]) if isinstance(record[key], str) else record[key] for key in SHOWN}
-            for record in records[:samples_per_step]]} for step, records in groups]}
+    known, count = sorted(steps), min(len(steps), most_steps)
+    groups = [(step, steps[step]) for step in (known[i * (len(known) - 1) // max(count - 1, 1)] for i in range(count))]
+    if floor:
+        groups.insert(0, (None, [record for record in floor if record["step"] == floor[-1]["step"]]))
+    return {"num_steps": len(steps), "num_samples": len(records), "steps": [
+        {"step": step, "of": len(members), "samples": [
+            {key: readable(x) if isinstance(x, str) else x for key, x in record.items() if key in SHOWN} | {"step": step}
+            for record in members[:samples_per_step]]} for step, members in groups]}
 
 
 def report(folder, file, samples_per_step, most_steps):
     """report.html: everything a reader of the run wants, as data in one page that draws itself."""
-    run, provenance = {**read_run(folder), "colour": COLOURS[0]}, read_json(folder / "args.json")
+    run, provenance = read_run(folder), read_json(folder / "args.json")
     keys = "step reward p_real length_score d_acc_real d_acc_generated kl coherence".split()
     data = {
         "name": run["name"],
@@ -290,6 +296,7 @@ def report(folder, file, samples_per_step, most_steps):
 def watch(folder, samples_per_step):
     """Print the newest samples as they are written."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
+    print(f"following {folder}; ctrl-C ends this and not the run", file=sys.stderr)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     dim, cyan, bold, plain = ("\x1b[2m", "\x1b[36m", "\x1b[1m", "\x1b[0m") if colour else [""] * 4
     shown = collections.Counter()
