@@ -41,14 +41,14 @@ PANELS = [  # title, metrics (the first is drawn solid, the second dashed), rang
     ("rate, tokens a second", ["tokens_per_second"], (0, None)),
 ]
 STYLES = ["-", (0, (4, 2))]
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, for the colour-blind too
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, colour-blind safe
 THEMES = {"light": ("#ffffff", "#1f2328", "#d1d9e0"), "dark": ("#151b23", "#e6edf3", "#3d444d")}  # paper, ink, lines
 ALONE = {"light": COLOURS[0], "dark": COLOURS[-1]}  # of the report's one run
 LEAST = 1e-4  # a log axis has no 0: an incoherence below this is drawn here
 SMOOTH = 100  # from so many steps on, a strong line is the mean over a 50th of the run, and the steps are faint
 SCORES = {"floor": "floor: the base model", "mauve": "result: the end of the run",
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last 2000 (the write-up's protocol)"}
-SHOWN = "prefix think completion truth reward p_real length_score".split()  # of a sample, in the report
+TEXTS, NUMBERS = "prefix think completion truth".split(), "reward p_real length_score".split()  # of a sample
 
 
 # -----------------------------------------------------------------------------
@@ -173,10 +173,10 @@ def draw_curves(axes, runs, keys):
 
 
 def draw_mauve(axes, runs):
-    """The result as a point with its interval, the base model's floor and the ceiling as lines, the curve if measured."""
+    """The result as a point with its interval, floor and ceiling as lines, and the curve where one was measured."""
     for i, run in enumerate(runs):
         colour, scores, end = run["colour"], run["scores"], run["metrics"]["step"][-1] + 1
-        axes.plot([point["step"] for point in run["curve"]], [point["mauve"] for point in run["curve"]], ".-", color=colour)
+        axes.plot(*([point[key] for point in run["curve"]] for key in ("step", "mauve")), ".-", color=colour)
         for name, style in (("floor", ":"), ("ceiling", STYLES[1])):
             if name in scores:
                 axes.axhline(scores[name]["mauve"], color=colour, linestyle=style, linewidth=1.3)
@@ -205,7 +205,7 @@ def draw_panel(axes, runs, title, keys, limits):
         low, high = limits[0], limits[1] or axes.get_ylim()[1]
         axes.set_ylim(low - 0.03 * high, 1.03 * high)
     if not drawn:
-        axes.text(0.5, 0.5, "not logged" if keys else "not measured yet", transform=axes.transAxes, ha="center", alpha=0.6)
+        axes.text(0.5, 0.5, "not logged" if keys else "not measured", transform=axes.transAxes, ha="center", alpha=0.6)
         axes.set_yticks([])
 
 
@@ -265,7 +265,7 @@ def chosen(folder, samples_per_step, most_steps):
         groups.insert(0, (None, [record for record in floor if record["step"] == floor[-1]["step"]]))
     return {"num_steps": len(steps), "num_samples": len(records), "steps": [
         {"step": step, "of": len(members), "samples": [
-            {key: readable(x) if isinstance(x, str) else x for key, x in record.items() if key in SHOWN} | {"step": step}
+            {**{key: readable(record[key]) for key in TEXTS}, **{key: record[key] for key in NUMBERS}, "step": step}
             for record in members[:samples_per_step]]} for step, members in groups]}
 
 

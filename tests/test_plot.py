@@ -126,7 +126,7 @@ def test_the_page_spreads_its_steps_evenly_and_keeps_both_ends(tmp_path):
 def browser(address, profile):
     """The page at an address as Chromium builds it."""
     words = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --disable-background-networking "
-             "--disable-component-update --virtual-time-budget=3000 --dump-dom").split()
+             "--disable-component-update --hide-scrollbars --virtual-time-budget=3000 --dump-dom").split()
     return subprocess.run([CHROMIUM, *words, f"--user-data-dir={profile}", address], capture_output=True, text=True, timeout=60).stdout
 
 
@@ -151,7 +151,7 @@ def test_the_page_draws_slides_and_sorts_in_a_browser(page, tmp_path):
 
 @needs_chromium
 def test_the_page_fits_a_phone(page, tmp_path):
-    told = "<script>parent.postMessage([document.documentElement.scrollWidth, innerWidth].join(' of '), '*')</script></body>"
+    told = "<script>const all = document.documentElement; parent.postMessage(`${all.scrollWidth} of ${all.clientWidth}`, '*')</script></body>"
     (tmp_path / "page.html").write_text(page.read_text().replace("</body>", told))
     (tmp_path / "phone.html").write_text("<body><script>onmessage = told => document.body.dataset.wide = told.data</script>"
                                          "<iframe src='page.html' style='width: 390px; height: 844px; border: 0'></iframe></body>")
