@@ -151,11 +151,13 @@ def test_the_page_draws_slides_and_sorts_in_a_browser(page, tmp_path):
 
 @needs_chromium
 def test_the_page_fits_a_phone(page, tmp_path):
-    told = "<script>const all = document.documentElement; parent.postMessage(`${all.scrollWidth} of ${all.clientWidth}`, '*')</script></body>"
+    told = """<script>const all = document.documentElement, wide = x => x.scrollWidth > x.clientWidth;
+        const cut = [...document.querySelectorAll("pre, dl, picture, p, header")].filter(wide).length;
+        parent.postMessage(`${all.scrollWidth} of ${all.clientWidth}, ${cut} cut`, "*")</script></body>"""
     (tmp_path / "page.html").write_text(page.read_text().replace("</body>", told))
     (tmp_path / "phone.html").write_text("<body><script>onmessage = told => document.body.dataset.wide = told.data</script>"
                                          "<iframe src='page.html' style='width: 390px; height: 844px; border: 0'></iframe></body>")
-    assert 'data-wide="390 of 390"' in browser(f"file://{tmp_path}/phone.html", tmp_path / "profile")
+    assert 'data-wide="390 of 390, 0 cut"' in browser(f"file://{tmp_path}/phone.html", tmp_path / "profile")
 
 
 # ---------------------------------------------------------------- the terminal
