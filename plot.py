@@ -296,6 +296,7 @@ def report(folder, file, samples_per_step, most_steps):
 def watch(folder, samples_per_step):
     """Print the newest samples as they are written."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
+    sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal has no Unicode
     print(f"following {folder}; ctrl-C ends this and not the run", file=sys.stderr)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     dim, cyan, bold, plain = ("\x1b[2m", "\x1b[36m", "\x1b[1m", "\x1b[0m") if colour else [""] * 4
