@@ -213,11 +213,15 @@ def draw_runs(folders, file):
     """training.png: every panel, all runs over each other."""
     runs = [read_run(folder) for folder in folders]
     names = [run["name"] for run in runs]
-    for run, folder, colour in zip(runs, folders, COLOURS * len(runs)):
+    fig, panels = figure("light", 13, 14, 4, 3)
+    colours = COLOURS
+    if len(runs) > len(COLOURS):  # then shades, dark to light in the order given
+        from matplotlib import colormaps
+        colours = colormaps["viridis"]([0.9 * i / (len(runs) - 1) for i in range(len(runs))])
+    for run, folder, colour in zip(runs, folders, colours):
         run["colour"] = colour
         if names.count(run["name"]) > 1:
             run["name"] = escaped(str(folder))
-    fig, panels = figure("light", 13, 14, 4, 3)
     for axes, panel in zip(panels, PANELS):
         draw_panel(axes, runs, *panel)
     lines = [panels[0].plot([], [], color=run["colour"], linewidth=4)[0] for run in runs]

@@ -68,6 +68,7 @@ def test_a_picture_is_made_of_one_run_and_of_two(tmp_path):
     done = plot(first, second, "--out", tmp_path / "both.png")
     assert done.returncode == 0 and done.stderr == "" and not (second / "training.png").exists()
     assert (tmp_path / "both.png").read_bytes() != (first / "training.png").read_bytes()
+    assert plot(*[first, second] * 4, "--out", tmp_path / "many.png").returncode == 0  # more runs than colours
 
 
 def test_a_null_is_a_gap_and_a_zero_is_drawn_at_the_least(tmp_path):
