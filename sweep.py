@@ -30,6 +30,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -267,7 +268,7 @@ def result_of(folder):
 
 
 def start(folder, run, factors, flags, gpu):
-    """Start a run, or go on with it. Its log.txt stays locked for as long as it lives, whatever becomes of us."""
+    """Start a run, or go on with it. Its log, beside its folder, stays locked for as long as it lives, whatever becomes of us."""
     values = itertools.chain(*((f"--{f.name}", told(value)) for f, value in zip(factors, run.values)))
     words = [*flags, *values, "--seed", str(run.seed), "--out_dir", str(folder)]
     if (folder / "args.json").exists():  # written after the first checkpoint
@@ -275,8 +276,9 @@ def start(folder, run, factors, flags, gpu):
     env = dict(os.environ)
     if not re.search(r"--device[ =](cpu|cuda:)", " ".join(flags)):
         env["CUDA_VISIBLE_DEVICES"] = gpu
-    folder.mkdir(exist_ok=True)
-    with open(folder / "log.txt", "ab") as log:
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun: train.py wants an empty folder
+    with open(folder.with_suffix(".log"), "ab") as log:
         taken(log.fileno())
         # a session of its own, so that Ctrl-C reaches it once, through us, and it saves
         return subprocess.Popen([*TRAIN, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
@@ -286,8 +288,9 @@ def start(folder, run, factors, flags, gpu):
 def await_orphans(out_dir, runs, stop):
     """Wait for runs that outlived an earlier sweep.py, killed outright: they still write, each on some GPU."""
     for run in runs:
-        if (out_dir / run.id / "log.txt").exists():
-            with open(out_dir / run.id / "log.txt", "ab") as log:
+        file = (out_dir / run.id).with_suffix(".log")
+        if file.exists():
+            with open(file, "ab") as log:
                 if not taken(log.fileno()):
                     print(f"run {run.id} is still under way from an earlier start; waiting for it", flush=True)
                     while not (stop or taken(log.fileno())):
@@ -323,7 +326,7 @@ def run_all(out_dir, runs, factors, flags, jobs, stop, after):
 
 
 def last_line(folder):
-    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
     return escaped(next((line for line in reversed(lines) if line.strip()), "it printed nothing")[:300])
 
 
@@ -586,7 +589,7 @@ def finish(out_dir, stop, failed):
         print("stopped; the same command goes on", flush=True)
         raise SystemExit(128 + stop[0])
     if failed:
-        raise UserError(f"runs that failed: {', '.join(failed)}; log.txt in their folders in {out_dir} says why; "
+        raise UserError(f"runs that failed: {', '.join(failed)}; their .log files in {out_dir} say why; "
                         "the same command tries them again", status=1)
 
 

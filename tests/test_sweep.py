@@ -32,6 +32,7 @@ with open(here / "starts", "a") as file:
     file.write(json.dumps({"id": out.name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), **given}) + "\\n")
 fault = (here / "fault").read_text() if (here / "fault").exists() else ""
 if "--resume" not in given:
+    out.mkdir()  # as train.py does, which takes no folder that holds anything
     kinds = {"--seed": int}
     args = {key[2:]: kinds.get(key, float)(value) for key, value in given.items() if key != "--out_dir"}
     (out / "args.json").write_text(json.dumps({"args": args}))
