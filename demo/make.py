@@ -5,7 +5,7 @@ Make the demo's base model: a byte-level BPE and a small Qwen3, trained from not
     python demo/make.py register --autocast      # then the manners of an instruct model: ten minutes; writes demo/base
 
 demo/base is what these two commands gave, the first stopped at its checkpoint of step 2,800 of 3,000 (see NOTES.md).
-`--size small` makes a model of a quarter of the size, which is not shipped yet.
+demo/small, a model of a quarter of the size, is what the same commands gave with `--size small --threads 1`.
 
 The second stage gives the base what a large instruct model has and a corpus lacks: in reply to the prompt it thinks of
 a few words that are going to occur, opens with a remark (92 %), and at times ends too early (25 %). That is the gap
