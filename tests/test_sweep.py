@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import design
 import sweep
 from conftest import ROOT
 
@@ -170,7 +171,7 @@ def test_replicates_give_the_standard_errors_of_least_squares():
 @pytest.mark.parametrize("value, nearest", [(2.6e-5, 3e-5), (1.66e-4, 2e-4), (31.6, 30), (1, 1), (8, 10), (0.007, 0.005),
                                             (0.0072, 0.01), (4.0, 5), (3.8, 3), (9.99e-7, 1e-6)])
 def test_clean_is_the_nearest_rung_by_ratio(value, nearest):
-    assert sweep.clean(value) == nearest
+    assert design.clean(value) == nearest
 
 
 @pytest.mark.parametrize("spec, half, point", [
