@@ -21,7 +21,7 @@ import pathlib
 import statistics
 import sys
 
-from flags import Parser, UserError, check_device, read_args
+from flags import NEEDED, Parser, UserError, check_device, read_args
 from measures import audit, copy_rate, distinct, lengths, repetition, self_bleu
 from scores import mauve_of, paired
 
@@ -319,7 +319,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default=None, help="cuda, cpu, ... (unset: as the run's)")
     flags = parser.parse_args()
 
-    run = read_args(flags.run)
+    run = read_args(flags.run, NEEDED)
     settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key)
                 for key in ("featurizer", "seeds", "device")}
     if settings["seeds"] < 1:

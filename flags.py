@@ -11,8 +11,8 @@ import re
 import signal
 import sys
 
-
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")  # of --data
+NEEDED = "preset model quant dtype device featurizer seeds num_steps".split()  # of a run that is loaded again
 
 
 class UserError(SystemExit):
@@ -82,13 +82,13 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     pass
 
 
-def read_args(out_dir):
-    """The flags a run was started with, from its args.json."""
+def read_args(out_dir, needed=()):
+    """The flags a run was started with, from its args.json; without the needed ones it is no run to go on with."""
     try:
         run = dict(json.loads((pathlib.Path(out_dir) / "args.json").read_text())["args"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out_dir} holds no run: there is no readable args.json in it") from None
-    missing = {"preset", "model", "quant", "dtype", "device", "featurizer", "seeds", "num_steps"} - run.keys()
+    missing = set(needed) - run.keys()
     if missing:
         raise UserError(f"{out_dir} holds no usable run: its args.json lacks {', '.join(sorted(missing))}")
     return run

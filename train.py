@@ -19,7 +19,7 @@ What differs from textbook REINFORCE and textbook GANs:
 """
 from argparse import BooleanOptionalAction as Switch, Namespace
 
-from flags import Parser, UserError, check, read_args
+from flags import NEEDED, Parser, UserError, check, read_args
 
 # -----------------------------------------------------------------------------
 # flags; the defaults are the write-up's run 05, a preset only changes defaults
@@ -87,7 +87,7 @@ if args.resume:
     if another:
         raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another run; "
                         f"only --{', --'.join(MAY_CHANGE)} may change")
-    run = parser.checked(read_args(args.resume), args.resume)
+    run = parser.checked(read_args(args.resume, NEEDED), args.resume)
     changed = {name: getattr(args, name) for name in given}
     args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | changed)
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
