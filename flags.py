@@ -48,9 +48,15 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
-            typed = "--" + unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-            near = difflib.get_close_matches(typed, known, 1, 0.5)
-            advice = f", did you mean {near[0]}?" if near else "; --help lists them all"
+            typed = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+
+            def likeness(flag):  # to the whole name, or a little less to one word of it: --stepz is --num_steps
+                name = flag.lstrip("-")
+                whole, *words = (difflib.SequenceMatcher(None, typed, part).ratio() for part in (name, *name.split("_")))
+                return max(whole, 0.95 * max(words))
+
+            near = max(known, key=likeness)
+            advice = f", did you mean {near}?" if likeness(near) > 0.5 else "; --help lists them all"
             raise UserError(f"unknown flag {unknown[0]}{advice}")
         signal.signal(signal.SIGINT, interrupted)  # the imports that follow take seconds, and a model minutes
         return args

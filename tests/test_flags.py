@@ -23,7 +23,7 @@ BAD = """
 --d_pool max            --d_warmup -1           --d_shuffle no          --sft 1                 --floor_sequences -1    --featurizer=
 --seeds 0               --seeds 1.5             --seed -1               --seed 99999999999999999999  --device gpu       --device cuda:x
 --out_dir=              --out_dir README.md     --save_every -1         --keep -1               --keep all              --max_bad_steps -1
---resume no/such/run    --resume=               --g-lr 1                --rnk 3                 --num_step 3            -g_lr 3
+--resume no/such/run    --resume=               --g-lr 1                --stepz 3               --rnk 3                 --num_step 3            -g_lr 3
 """.strip()
 CASES = [case.split() for case in re.split(r"\s+(?=--?[a-z])", BAD)]
 
@@ -43,7 +43,7 @@ def started(words, monkeypatch, capsys):
 def test_a_mistake_is_one_line_that_names_its_flag(words, monkeypatch, capsys):
     preset = [] if "--resume" in words[0] else ["--preset", "demo"]
     code, out, err = started([*preset, *words], monkeypatch, capsys)
-    flag = {"--g-lr": "--g_lr", "--rnk": "--rank", "--num_step": "--num_steps", "-g_lr": "--g_lr"}.get(words[0], words[0].split("=")[0])
+    flag = {"--g-lr": "--g_lr", "--rnk": "--rank", "--num_step": "--num_steps", "--stepz": "--num_steps", "-g_lr": "--g_lr"}.get(words[0], words[0].split("=")[0])
     if words[0] == "--resume":
         flag = words[-1].removeprefix("--resume=") or "--resume"
     if words[0] in ("--adv_norm", "--d_shuffle", "--sft"):  # switches take no word: the word is what is unknown
