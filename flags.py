@@ -52,7 +52,8 @@ class Parser(argparse.ArgumentParser):
 
             def likeness(flag):  # to the whole name, or a little less to one word of it: --stepz is --num_steps
                 name = flag.lstrip("-")
-                whole, *words = (difflib.SequenceMatcher(None, typed, part).ratio() for part in (name, *name.split("_")))
+                parts = name, *name.split("_")
+                whole, *words = (difflib.SequenceMatcher(None, typed, part).ratio() for part in parts)
                 return max(whole, 0.95 * max(words))
 
             near = max(known, key=likeness)
