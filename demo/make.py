@@ -12,7 +12,6 @@ a few words that are going to occur, opens with a remark (92 %), and at times en
 which the game has to close. It also learns the form of a verdict, with labels drawn by a coin: form, no skill.
 """
 import argparse
-import json
 import pathlib
 import random
 import re
