@@ -196,19 +196,21 @@ def sample_fresh(run, out_dir, num_sequences, model, tokenizer, device):
     from tqdm import tqdm
 
     from data import plain_encoder, windows
-    from model import add_adapters, load_adapters
+    from model import DTYPES, add_adapters, load_adapters
     from rollout import complete, rules
+    from sampler import Sampler
     names = ["shared"] if run["adapters"] == "shared" else ["generator", "discriminator"]
     model = add_adapters(model, names, run["rank"], run["alpha"])
     load_adapters(model, out_dir / "ckpt")
-    model.set_adapter(names[0])
+    sampler = Sampler(model, DTYPES[run["dtype"]])
+    sampler.follow(names[0])
     encode, rule, C = plain_encoder(tokenizer), rules(tokenizer, model), run["completion_tokens"]
     lengths = run["reasoning_tokens"], C, run["echo_tokens"], run["temperature"]
     stream = windows(run["data"], encode, run["prefix_tokens"], C, run["seed"], "held_out", run["text_field"])
     generator, records, size = torch.Generator(device).manual_seed(run["seed"]), [], max(run["batch_size"], 32)
     for first in tqdm(range(0, num_sequences, size), desc="fresh samples"):
         batch = [stream[position] for position in range(first, min(first + size, num_sequences))]
-        roll, texts = complete(model, tokenizer, encode, rule, batch, *lengths, generator)
+        roll, texts = complete(sampler, tokenizer, encode, rule, batch, *lengths, generator)
         records += [dict(prefix=w.prefix, sep=w.sep, truth=w.truth, think=tokenizer.decode(think), completion=text,
                          n_completion=n) for w, think, (text, n) in zip(batch, roll.think, texts)]
     return records, [stream[position].truth for position in range(num_sequences, 2 * num_sequences)]

@@ -9,12 +9,14 @@ What differs from the textbook:
 
 Letters: B sequences, T tokens, V vocabulary, H hidden, L closing length, P prompt width, S stop ids.
 """
+import os
 from typing import NamedTuple
 
 import torch
 
 from data import clip, prompt_ids
-from model import causal_lm, head_weights, pad, row_logps
+from model import FORBIDDEN, causal_lm, head_weights, pad
+from sampler import BUCKET, Growing, Sampler, Standing
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
 
@@ -58,58 +60,139 @@ class Rollout(NamedTuple):
     think_closed: torch.Tensor  # (B,) the model closed its thinking by itself
     think: list                 # B lists of ids, without </think>
     reply: list                 # B lists of ids, without the stop id
+    shared: int                 # so many ids of all rows are the same at their beginning
+
+
+class Reply:
+    """What B rows have written: each a small state machine (thinking, forced, completion, done), in tensors that are
+    changed in place, so that a CUDA graph can hold a whole step.
+    """
+
+    def __init__(self, rows, rules, reasoning_tokens, completion_tokens, temperature, weight, bias):
+        self.rules, self.R, self.C, self.temperature = rules, reasoning_tokens, completion_tokens, temperature
+        self.weight, self.bias = weight, bias  # (V, H), (V,) or None
+        self.budget = reasoning_tokens + len(rules.close) + completion_tokens
+
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(*shape, dtype=dtype, device=rules.close.device)
+
+        self.t, self.token = zeros(1), zeros(rows)  # (1,), (B,) the step, and what was written last
+        self.thinking, self.done, self.think_closed = (zeros(rows, dtype=torch.bool) for _ in range(3))  # (B,) each
+        self.queue = zeros(rows)  # (B,) next of `close` to be forced; L: none
+        self.num_think, self.num_completion = zeros(rows), zeros(rows)  # (B,) each
+        self.uniform = zeros(self.budget, rows, dtype=torch.double)     # (budget, B) where in its distribution to draw
+        dtypes = dict(ids=torch.long, alive=torch.bool, sampled=torch.bool, thinking=torch.bool, logps=torch.float)
+        self.out = {key: zeros(rows, self.budget, dtype=dtype) for key, dtype in dtypes.items()}  # (B, budget) each
+
+    def reset(self, uniform):
+        self.uniform.copy_(uniform)
+        for tensor in (self.t, self.done, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
+            tensor.zero_()
+        self.thinking.fill_(True)
+        self.queue.fill_(len(self.rules.close))
+
+    def advance(self, hidden):
+        """Write one token a row, from the hidden states (B, H) of the last ones."""
+        rules, L = self.rules, len(self.rules.close)
+        over = self.thinking & (self.num_think >= self.R)         # (B,) the budget is spent: force the whole closing
+        queue = torch.where(over, 0, self.queue)                  # (B,)
+        thinking = self.thinking & ~over                          # (B,)
+        forced = queue < L                                        # (B,)
+        blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()  # (B, V)
+        if self.temperature not in (0.0, 1.0):
+            logits /= self.temperature
+        logits.masked_fill_(blocked, FORBIDDEN)
+        drawn, logp = draw(logits, None if self.temperature == 0 else self.uniform.index_select(0, self.t)[0])  # (B,)
+        token = torch.where(forced, rules.close[queue.clamp(max=L - 1)], drawn)  # (B,)
+        token = torch.where(self.done, rules.pad, token)          # (B,)
+        sampled = ~forced & ~self.done                            # (B,)
+        said = dict(ids=token, alive=~self.done, sampled=sampled, thinking=thinking & sampled,
+                    logps=torch.where(sampled, logp, 0.0))        # (B,) each
+        for key, column in said.items():
+            self.out[key].index_copy_(1, self.t, column[:, None])
+
+        closed = thinking & (token == rules.think_end)            # (B,) </think> drawn: the rest of the closing follows
+        stopped = ~thinking & sampled & (token[:, None] == rules.stop).any(1)  # (B,)
+        self.num_think += thinking
+        self.num_completion += sampled & ~thinking
+        self.queue.copy_(torch.where(closed, 1, queue + (forced & ~self.done).long()))
+        self.think_closed |= closed
+        self.thinking.copy_(thinking & ~closed)
+        self.done |= stopped | (self.num_completion >= self.C)
+        self.token.copy_(token)
+        self.t += 1
+
+
+class Loop:
+    """A reader and its reply. `step` is one token a row; on CUDA it is captured in a graph once, and then replayed."""
+
+    def __init__(self, reader, reply, captures=False):
+        self.reader, self.reply, self.graph, self.captures = reader, reply, None, captures
+
+    def begin(self, prompts, uniform):
+        """Read the prompts and write the first token."""
+        self.reply.reset(uniform)
+        self.reply.advance(self.reader.begin(prompts, self.reply.rules.pad))
+
+    def step(self):
+        if self.graph is None:
+            self.reply.advance(self.reader.read(self.reply.token))
+        else:
+            self.graph.replay()
+
+    def capture(self):
+        """Record one step, after two that warm up; they spoil the state, so begin anew after it."""
+        self.captures, graph, side = False, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step(), self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.graph(graph):
+                self.step()
+        except RuntimeError as error:
+            print(f"sampling goes without a CUDA graph: {str(error).strip().splitlines()[0]}")
+            torch.cuda.synchronize()
+        else:
+            self.graph = graph
 
 
 @torch.no_grad()
 def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperature=1.0, generator=None):
-    """Sample a reply to each of B prompts (lists of ids) with whatever adapter is active.
+    """Sample a reply to each of B prompts (lists of ids): with a Sampler, or with a model and its active adapter.
 
     At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop
     id. temperature 0 is greedy. `generator` makes it reproducible on one device.
     """
-    device, B, L = rules.close.device, len(prompts), len(rules.close)
-    ids, seen, place = left_padded(prompts, rules.pad, device)    # (B, P) each
-    thinking = torch.full((B,), True, device=device)              # (B,)
-    done, think_closed = ~thinking, ~thinking                     # (B,) each
-    queue = torch.full((B,), L, device=device)                    # (B,) next of `close` to be forced; L: none
-    num_think, num_completion = torch.zeros_like(queue), torch.zeros_like(queue)  # (B,) each
-    budget = reasoning_tokens + L + completion_tokens
-    dtypes = dict(ids=torch.long, alive=torch.bool, sampled=torch.bool, thinking=torch.bool, logps=torch.float)
-    out = {key: torch.zeros(B, budget, dtype=dtype, device=device) for key, dtype in dtypes.items()}  # (B, budget) each
-
-    weight, bias = head_weights(model, rules.blocked.shape[1])    # (V, H), (V,)
-    backbone, cache = causal_lm(model).base_model, None
-    for t in range(budget):
-        hidden = backbone(input_ids=ids, attention_mask=seen, position_ids=place, past_key_values=cache, use_cache=True)
-        cache = hidden.past_key_values
-        over = thinking & (num_think >= reasoning_tokens)         # (B,) the budget is spent: force the whole closing
-        queue = torch.where(over, 0, queue)                       # (B,)
-        thinking = thinking & ~over                               # (B,)
-        forced = queue < L                                        # (B,)
-        blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
-        logps = row_logps(hidden.last_hidden_state[:, -1], weight, bias, blocked, temperature or 1.0)  # (B, V)
-        drawn = draw(logps, temperature, generator)               # (B,)
-        token = torch.where(forced, rules.close[queue.clamp(max=L - 1)], drawn)  # (B,)
-        token = torch.where(done, rules.pad, token)               # (B,)
-        sampled = ~forced & ~done                                 # (B,)
-        out["ids"][:, t], out["alive"][:, t], out["sampled"][:, t] = token, ~done, sampled  # (B,) each
-        out["thinking"][:, t] = thinking & sampled                # (B,)
-        out["logps"][:, t] = torch.where(sampled, logps.gather(1, drawn[:, None])[:, 0], 0.0)  # (B,)
-
-        closed = thinking & (token == rules.think_end)            # (B,) </think> drawn: the rest of the closing follows
-        num_think += thinking
-        num_completion += sampled & ~thinking
-        stopped = ~thinking & sampled & torch.isin(token, rules.stop)  # (B,)
-        queue = torch.where(closed, 1, queue + (forced & ~done).long())  # (B,)
-        think_closed |= closed
-        thinking = thinking & ~closed                             # (B,)
-        done = done | stopped | (num_completion >= completion_tokens)  # (B,)
-        if (device.type == "cpu" or t % 16 == 15) and bool(done.all()):  # asking a GPU means waiting for it
+    B, settings = len(prompts), (rules, reasoning_tokens, completion_tokens, temperature)
+    budget = reasoning_tokens + len(rules.close) + completion_tokens
+    uniform = torch.rand(budget, B, dtype=torch.double, generator=generator, device=rules.close.device)  # (budget, B)
+    loop = loop_for(model, settings, B, max(map(len, prompts)) + budget)
+    loop.begin(prompts, uniform)
+    if loop.captures:
+        loop.capture()
+        loop.begin(prompts, uniform)
+    for t in range(1, budget):
+        if (uniform.device.type == "cpu" or t % 16 == 0) and bool(loop.reply.done.all()):  # asking a GPU means waiting
             break
-        ids, place = token[:, None], place[:, -1:] + 1            # (B, 1) each
-        seen = torch.cat([seen, torch.ones_like(ids)], 1)         # (B, P + t + 1)
+        loop.step()
+    return gather(prompts, loop.reply)
 
-    return gather(prompts, out, rules, think_closed)
+
+def loop_for(model, settings, rows, width):
+    """A new loop; or a Sampler's own, kept from call to call for the same settings and shape."""
+    stands, width = isinstance(model, Sampler) and model.stands, -(-width // BUCKET) * BUCKET
+    key = (rows, width, id(settings[0]), *settings[1:])  # of nothing earlier: a resumed run shall compute the same
+    if stands and key in model.loops:
+        return model.loops[key]
+    source = model.model if isinstance(model, Sampler) else model
+    reader = Standing(source, rows, width) if stands else Growing(source)
+    reply = Reply(rows, *settings, *head_weights(source, settings[0].blocked.shape[1]))
+    loop = Loop(reader, reply, captures=stands and reader.graph)
+    if stands:  # a few shapes take turns; the caches of others are let go
+        model.loops = dict([*model.loops.items()][-5:]) | {key: loop}
+    return loop
 
 
 def complete(model, tokenizer, encode, rules, batch, reasoning_tokens, completion_tokens, echo_tokens, temperature,
@@ -139,25 +222,28 @@ def taught(roll, prompts, answers, rules):
     return roll._replace(ids=ids, sampled=sampled, thinking=torch.zeros_like(sampled), logps=never, reply=answers)
 
 
-def left_padded(prompts, pad_id, device):
-    """Lists of ids, left-padded so that all end together: ids, attention mask and positions, (B, P) each."""
-    ids = pad([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)   # (B, P)
-    seen = pad([[1] * len(prompt) for prompt in prompts], 0, device).flip(1)  # (B, P)
-    place = (seen.cumsum(1) - 1).clamp(min=0)                                 # (B, P)
-    return ids, seen, place
+def draw(logits, uniform):
+    """One id a row, and its log-prob in nats, from logits (B, V), which are overwritten: (B,) each.
+
+    Drawn is the first id with which the probabilities sum to more than `uniform` (B,), from 0 to below 1: with numbers
+    that were drawn before, nothing in a step is random, and nothing synchronises. None is greedy.
+    """
+    logits -= logits.amax(-1, keepdim=True)                     # (B, V)
+    mass = logits.exp().cumsum(-1, dtype=torch.double)          # (B, V)
+    total = mass[:, -1:]                                        # (B, 1)
+    if uniform is None:
+        drawn = logits.argmax(-1, keepdim=True)                 # (B, 1)
+    else:
+        drawn = torch.searchsorted(mass, uniform[:, None] * total, right=True)  # (B, 1)
+        drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) should the product be rounded up to the total
+    logps = logits.gather(1, drawn) - total.log()               # (B, 1)
+    return drawn[:, 0], logps[:, 0].float()  # (B,) each
 
 
-def draw(logps, temperature, generator):
-    """One id a row from log-probs (B, V): argmax(p / Exp(1)), the exponential race, which needs no synchronisation."""
-    if temperature == 0:
-        return logps.argmax(-1)  # (B,)
-    noise = torch.empty_like(logps).exponential_(generator=generator).clamp_(min=1e-30)  # (B, V)
-    return (logps.exp() / noise).argmax(-1)  # (B,)
-
-
-def gather(prompts, out, rules, think_closed):
-    """Prompts and what was written behind them to one right-padded Rollout."""
-    device, rows = rules.close.device, {key: value.tolist() for key, value in out.items()}
+def gather(prompts, written):
+    """Prompts and the Reply that was written behind them to one right-padded Rollout."""
+    rules, rows = written.rules, {key: value.tolist() for key, value in written.out.items()}
+    device = rules.close.device
     stop = set(rules.stop.tolist())
     ids, sampled, thinking, logps, think, reply = [], [], [], [], [], []
     for i, prompt in enumerate(prompts):
@@ -173,7 +259,8 @@ def gather(prompts, out, rules, think_closed):
         reply.append([token for token, yes, no in drawn if yes and not no and token not in stop])
     ids, logps = pad(ids, rules.pad, device), pad(logps, 0.0, device, torch.float)  # (B, T) each
     sampled, thinking = (pad(mask, False, device, torch.bool) for mask in (sampled, thinking))  # (B, T) each
-    return Rollout(ids, sampled, thinking, logps, think_closed, think, reply)
+    shared = len(os.path.commonprefix(prompts))
+    return Rollout(ids, sampled, thinking, logps, written.think_closed.clone(), think, reply, shared)
 
 
 def strip_echo(reply, prefix, max_words):

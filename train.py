@@ -28,7 +28,7 @@ DEMO = dict(
     reasoning_tokens=12, completion_tokens=48, batch_size=64, micro_batch=16, num_steps=40, g_lr=2e-3, d_lr=3e-3,
     d_scale=1.0, kl_coef=0.1, g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=8, featurizer="base",
     save_every=10)
-MAY_CHANGE = "micro_batch device featurizer seeds save_every keep max_bad_steps".split()  # on --resume
+MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every keep max_bad_steps".split()  # on --resume
 parser = Parser(__doc__)
 add = parser.add_argument
 add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults; any flag still wins")
@@ -46,13 +46,16 @@ add("--prefix_tokens", type=int, default=None, help="tokens of the prefix (unset
 add("--reasoning_tokens", type=int, default=256, help="most tokens of thinking (0: none)")
 add("--completion_tokens", type=int, default=256, help="most tokens of the completion")
 add("--echo_tokens", type=int, default=16, help="extra tokens for the prompt's echo, its most words (0: off)")
+add("--merge", action=Switch, default=True, help="sample from merged weights, a second copy (off, nf4, int8: none)")
 add("--temperature", type=float, default=1.0, help="of sampling, and so of the log-probs (0: greedy, for a look)")
 # players
 add("--batch_size", type=int, default=4, help="sequences a step")
 add("--micro_batch", type=int, default=0, help="sequences a pass of the updates; same gradient, less memory (0: all)")
+add("--grad_ckpt", action=Switch, default=False, help="keep less for the backward passes, compute it again: half slower")
 add("--num_steps", type=int, default=1600, help="steps of the run; the learning rates fall linearly to 0 over them")
 add("--g_lr", type=float, default=3e-5, help="generator's learning rate (0: it does not learn)")
 add("--d_lr", type=float, default=2e-4, help="discriminator's learning rate (0: it does not learn)")
+add("--optim", choices=["adam", "adam8bit"], default="adam", help="adam8bit: moments in 8 bits (bitsandbytes)")
 add("--beta1", type=float, default=0.95, help="of both Adams")
 add("--beta2", type=float, default=0.95, help="of both Adams")
 add("--grad_clip", type=float, default=1.0, help="largest gradient norm of an update")
@@ -110,10 +113,11 @@ from discriminator import Discriminator, discriminator_loss, pair_ids
 from evaluate import evaluate
 from features import featurizer
 from measures import distinct
-from model import (TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, hidden_states, load_model,
-                   load_tokenizer, memory_gb, memory_needs, pad, token_logps, without_adapters)
+from model import (DTYPES, TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, checkpoint_layers,
+                   hidden_states, load_model, load_tokenizer, memory_gb, memory_needs, pad, token_logps, without_adapters)
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
 from rollout import COMPLETION, THINKING, complete, rules, taught
+from sampler import Sampler
 
 # -----------------------------------------------------------------------------
 # seed, device, model, data
@@ -138,13 +142,19 @@ featurizer(args.featurizer, model, tokenizer, "cpu")  # one that cannot be had f
 G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
 model = add_adapters(model, sorted({G, D}, reverse=True), args.rank, args.alpha)
 head = Discriminator(causal_lm(model).config.hidden_size, args.d_pool).to(device)
+if args.grad_ckpt:
+    checkpoint_layers(model)
+sampler = Sampler(model, DTYPES[args.dtype], args.merge)  # the generator while it samples: a copy that follows adapter G
 g_params = adapter_parameters(model, G)
 d_params = adapter_parameters(model, D) + list(head.parameters())
 
 # -----------------------------------------------------------------------------
 # everything the loop changes, besides the weights: saved and restored as this block
-g_optimizer = torch.optim.Adam(g_params, lr=args.g_lr, betas=(args.beta1, args.beta2))
-d_optimizer = torch.optim.Adam(d_params, lr=args.d_lr, betas=(args.beta1, args.beta2))
+Adam = torch.optim.Adam
+if args.optim == "adam8bit":
+    from bitsandbytes.optim import Adam8bit as Adam
+g_optimizer = Adam(g_params, lr=args.g_lr, betas=(args.beta1, args.beta2))
+d_optimizer = Adam(d_params, lr=args.d_lr, betas=(args.beta1, args.beta2))
 modules, optimizers = {"head": head}, {"generator": g_optimizer, "discriminator": d_optimizer}
 state = {
     "step": -args.d_warmup,
@@ -166,7 +176,7 @@ def checkpoint():
 
 
 # from here on a lack of memory or of disk ends the run in one line
-needs = memory_needs(model, num_trained, most, B, args.micro_batch or B)
+needs = memory_needs(model, num_trained, most, B, args.micro_batch or B, sampler.num_bytes)
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint())
 if args.resume:  # also cuts the files back to the checkpoint, so it comes before they are opened
     hold(out_dir)
@@ -191,9 +201,10 @@ def random_for(*key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
-def sample(batch, generator):
+def sample(batch, adapter, generator):
     """A rollout for each window, and its completion as text, without the echo, cut to C tokens, with its length n."""
-    return complete(model, tokenizer, encode, rule, batch, R, C, args.echo_tokens, args.temperature, generator)
+    sampler.follow(adapter)
+    return complete(sampler, tokenizer, encode, rule, batch, R, C, args.echo_tokens, args.temperature, generator)
 
 
 def finite(row):
@@ -218,7 +229,7 @@ def judge(texts):
 
 def sampled_hidden(roll, rows):
     """States that predict the sampled tokens of some rows: the state at t - 1 for the token at t."""
-    return hidden_states(model, roll.ids[rows])[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
+    return hidden_states(model, roll.ids[rows], roll.shared)[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
 
 
 def sampled_stats(roll, rows, ref_hidden):
@@ -275,8 +286,7 @@ if args.floor_sequences and not floor.exists():
     write_whole(partial, "".join(line + "\n" for line in done))
     for first in tqdm(range(begin + len(done), total, size), desc="floor"):
         batch = [stream[position] for position in range(first, min(first + size, total))]
-        with without_adapters(model):
-            roll, completions = sample(batch, random_for("floor", first))
+        roll, completions = sample(batch, None, random_for("floor", first))
         with open(partial, "a", encoding="utf-8") as file:
             rows = (record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch)))
             file.write("".join(rows))
@@ -296,8 +306,7 @@ for step in range(first_step, args.num_steps):
     # sample; the warm-up's windows lie behind those of the run
     first = step * B if step >= 0 else total + (step + args.d_warmup) * B
     batch = [stream[position] for position in range(first, first + B)]
-    model.set_adapter(G)
-    roll, completions = sample(batch, random_for("rollout", step))
+    roll, completions = sample(batch, G, random_for("rollout", step))
     num_drawn = roll.sampled.sum().item()
     t1 = time.time()
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 import model as model_file
-from model import adapter_parameters, add_adapters, head_logits, hidden_states, load_model, token_logps, without_adapters
+from model import Wide, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, token_logps, without_adapters
 
 
 class Head:
@@ -168,3 +169,49 @@ def test_gradients_flow_through_quantised_layers(quant, tolerance, tiny_folder):
                 layers[name].weight.data = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).view_as(layers[name].weight)
     ours, theirs = adapter_gradients(quantised), adapter_gradients(dense)
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_adapters_keep_inputs_of_16_bits_and_the_same_gradients(tiny_folder):
+    """Against peft's own layers, which cast a layer's input to fp32 and keep that."""
+    model, _ = load_model(tiny_folder, "none", "bf16", "cpu")
+    model = add_adapters(model, ["generator"], 4, 2.0)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    ids, told = torch.randint(5, 4000, (2, 30)), []
+    for wide in (True, False):
+        for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+            layer.cast_input_dtype_enabled = not wide
+            layer.lora_A["generator"].__class__ = Wide if wide else torch.nn.Linear
+        kept = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.add((x.data_ptr(), x.nbytes)), x)[1], lambda x: x):
+            out = hidden_states(model, ids)
+        model.zero_grad()
+        out.float().square().sum().backward()
+        told.append((out, [p.grad.clone() for p in adapter_parameters(model, "generator")], sum(size for _, size in kept)))
+    (ours, grads, size), (theirs, wanted, more) = told
+    assert torch.equal(ours, theirs) and size < 0.8 * more, (size, more)
+    for a, b in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+def test_a_shared_beginning_is_read_once_with_the_same_states_and_gradients(tiny):
+    model, _ = tiny
+    model.set_adapter("generator")
+    torch.manual_seed(0)
+    ids, reads, told = torch.randint(5, 4000, (3, 24)), [], []
+    ids[:, :10] = ids[:1, :10]
+    weights = torch.randn(3, 19, model.config.hidden_size)  # (B, T - 5, H)
+    embed = model.get_base_model().get_input_embeddings()
+    hook = embed.register_forward_hook(lambda module, inputs, output: reads.append(inputs[0].numel()))
+    for shared in (0, 10):
+        model.zero_grad()
+        out = hidden_states(model, ids, shared)
+        (out[:, 5:] * weights).sum().backward()
+        told.append((out, [p.grad.clone() for p in adapter_parameters(model, "generator")]))
+    hook.remove()
+    assert reads == [3 * 24, 10, 3 * 14]
+    torch.testing.assert_close(told[0][0], told[1][0], rtol=1e-4, atol=1e-5)
+    for a, b in zip(told[0][1], told[1][1], strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm(), (a - b).norm() / a.norm()

@@ -1,0 +1,242 @@
+"""
+The model as it samples: adapters folded into a copy, a KV cache that stays, and on CUDA one graph for a whole step.
+
+What differs from the textbook:
+1. The copy shares every weight that no adapter changes. Where the base is not quantised, an adapted layer holds merged
+   weights, made anew from the pristine ones each time, so that no rounding adds up; else the base's layer with the
+   adapter beside it in the compute dtype.
+2. Keys and values are written in place: on a CPU attention sees the columns in use, in a CUDA graph always all of them.
+3. What all prompts begin with is read once, by one row.
+
+Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden.
+"""
+import copy
+import os
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from model import causal_lm, pad
+
+BUCKET = 64  # the cache's width is a multiple of it, so that prompts of about one length share a cache and its graph
+
+
+# -----------------------------------------------------------------------------
+# the copy
+
+class Beside(torch.nn.Module):
+    """A quantised layer and the product of one adapter, both in the compute dtype; the scale is folded into `up`."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        (down, *_), (up, *_) = layer.lora_A.values(), layer.lora_B.values()
+        self.base = layer.get_base_layer()
+        self.register_buffer("down", torch.zeros_like(down.weight, dtype=dtype, requires_grad=False))  # (r, in)
+        self.register_buffer("up", torch.zeros_like(up.weight, dtype=dtype, requires_grad=False))  # (out, r)
+
+    def forward(self, x):
+        low = torch.nn.functional.linear(x.to(self.down.dtype), self.down)  # (..., r)
+        return self.base(x) + torch.nn.functional.linear(low, self.up).to(x.dtype)  # (..., out)
+
+    def follow(self, layer, name):
+        self.up.zero_()
+        if name is not None:
+            self.down.copy_(layer.lora_A[name].weight)
+            self.up.copy_(layer.lora_B[name].weight * layer.scaling[name])
+
+
+def merge_into(merged, layer, name):
+    """Write a layer's pristine weights plus one adapter's, added in fp32, into its merged twin."""
+    weight = layer.get_base_layer().weight  # (out, in)
+    if name is None:
+        merged.weight.copy_(weight)
+    else:
+        merged.weight.copy_(weight.float() + layer.get_delta_weight(name))
+
+
+def sampling_copy(model, dtype, merge):
+    """A causal LM like the one inside `model`, and the pairs (twin, layer with adapters) in which the two differ."""
+    base, twins, memo = causal_lm(model), [], {}
+    for module in base.modules():
+        if isinstance(module, LoraLayer):
+            layer = module.get_base_layer()
+            twin = copy.deepcopy(layer) if merge and layer.weight.is_floating_point() else Beside(module, dtype)
+            twins.append((twin, module))
+            memo[id(module)] = twin  # deepcopy takes it for the copy that it has made already
+    memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    twin = copy.deepcopy(base, memo)
+    if getattr(twin, "is_gradient_checkpointing", False):
+        twin.activation_checkpointing_disable()
+    return twin, twins
+
+
+# -----------------------------------------------------------------------------
+# two ways of reading on: with a cache that grows, and with one that stands
+
+class Growing:
+    """transformers' own cache and mask: works with every model, and is what the other way is tested against."""
+
+    def __init__(self, model):
+        self.model, self.device = causal_lm(model).base_model, causal_lm(model).device
+
+    def begin(self, prompts, pad_id):
+        """Read the prompts: hidden states (B, H) of their last tokens."""
+        ids, self.seen, place = left_padded(prompts, pad_id, self.device)  # (B, P) each
+        self.cache, self.place = None, place[:, -1:]  # (B, 1)
+        return self.forward(ids, place)  # (B, H)
+
+    def read(self, token):
+        """Read one token a row: (B,) to hidden states (B, H)."""
+        self.seen = torch.cat([self.seen, torch.ones_like(token[:, None])], 1)  # (B, P + t)
+        self.place = self.place + 1  # (B, 1)
+        return self.forward(token[:, None], self.place)  # (B, H)
+
+    def forward(self, ids, place):
+        out = self.model(input_ids=ids, attention_mask=self.seen, position_ids=place, past_key_values=self.cache,
+                         use_cache=True)
+        self.cache = out.past_key_values
+        return out.last_hidden_state[:, -1]  # (B, H)
+
+
+class Slab(CacheLayerMixin):
+    """Keys and values of one layer, (B, heads, W, D) from the start. `where` says which columns are being written."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def lazy_initialization(self, keys, values):
+        (B, heads, _, _), W = keys.shape, self.where.width
+        self.keys = keys.new_zeros(self.where.rows, heads, W, keys.shape[-1])      # (B, heads, W, D)
+        self.values = values.new_zeros(self.where.rows, heads, W, values.shape[-1])  # (B, heads, W, D)
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        at, end = self.where.at, self.where.end
+        if isinstance(at, slice):
+            self.keys[:, :, at], self.values[:, :, at] = keys, values  # a shared head is one row: it is broadcast
+        else:
+            self.keys.index_copy_(2, at, keys)
+            self.values.index_copy_(2, at, values)
+        return self.keys[:, :, :end], self.values[:, :, :end]  # (B, heads, end, D) each
+
+    def get_seq_length(self):
+        return 0  # positions and mask are given: nobody needs to count
+
+    def get_mask_sizes(self, query_length):
+        return self.where.end, 0
+
+    def get_max_length(self):
+        return self.where.width
+
+
+class Standing:
+    """A cache of fixed size for `rows` rows and `width` columns, all of whose state is in tensors that stay."""
+
+    def __init__(self, model, rows, width):
+        self.model, self.rows, self.width = causal_lm(model).base_model, rows, width
+        self.weight = causal_lm(model).get_output_embeddings().weight
+        device, config = self.weight.device, causal_lm(model).config.get_text_config()
+        self.cache = Cache(layers=[Slab(self) for _ in range(config.num_hidden_layers)])
+        self.mask = torch.zeros(rows, 1, 1, width, dtype=self.weight.dtype, device=device)  # (B, 1, 1, W) added
+        self.place = torch.zeros(rows, 1, dtype=torch.long, device=device)  # (B, 1)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)       # (1,) the one that is written next
+        self.graph = device.type == "cuda"  # then every shape must stay, so attention sees all columns
+
+    def begin(self, prompts, pad_id):
+        """Read the prompts: hidden states (B, H) of their last tokens."""
+        device = self.mask.device
+        S = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        ids, seen, place = left_padded([prompt[S:] for prompt in prompts], pad_id, device)  # (B, P) each
+        if self.graph:  # columns beyond the used ones are read too, and 0 times infinity is nan
+            for slab in (slab for slab in self.cache.layers if slab.is_initialized):
+                slab.keys.zero_(), slab.values.zero_()
+        P, blocked = ids.shape[1], torch.finfo(self.mask.dtype).min
+        if S:
+            head = DynamicCache()
+            self.model(input_ids=torch.tensor([prompts[0][:S]], device=device), past_key_values=head, use_cache=True)
+            self.at, self.end = slice(0, S), S
+            for slab, layer in zip(self.cache.layers, head.layers):
+                slab.update(layer.keys, layer.values)
+        allowed = torch.ones(P, P, dtype=torch.bool, device=device).tril() & seen.bool()[:, None]  # (B, P, P)
+        allowed |= torch.eye(P, dtype=torch.bool, device=device)  # a row of padding that sees nothing would be nan
+        mask = torch.zeros(len(prompts), 1, P, S + P, dtype=self.mask.dtype, device=device)  # (B, 1, P, S + P)
+        mask[:, 0, :, S:].masked_fill_(~allowed, blocked)
+        self.mask.fill_(blocked)
+        self.mask[..., :S + P] = mask[:, :, -1:]
+        self.at, self.end = slice(S, S + P), S + P
+        hidden = self.forward(ids, mask, place + S)  # (B, H)
+        self.place.copy_(place[:, -1:] + S)
+        self.column.fill_(S + P - 1)
+        return hidden
+
+    def read(self, token):
+        """Read one token a row: (B,) to hidden states (B, H)."""
+        self.place.add_(1)
+        self.column.add_(1)
+        self.mask.index_fill_(3, self.column, 0)
+        if self.graph:
+            self.at, self.end = self.column, self.width
+        else:
+            self.at, self.end = slice(self.end, self.end + 1), self.end + 1
+        return self.forward(token[:, None], self.mask[..., :self.end], self.place)  # (B, H)
+
+    def forward(self, ids, mask, place):
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=self.cache,
+                         use_cache=True)
+        return out.last_hidden_state[:, -1]  # (B, H)
+
+
+class Sampler:
+    """A model to sample from, in place of the one that learns: faster, and with the same distribution.
+
+    Give it to `rollout` as its model. `follow(adapter)` makes it the model with that adapter, or with none. dtype: what
+    adapters are computed in where they are not merged. merge: where the base is not quantised; off, as where it is.
+    """
+
+    def __init__(self, model, dtype, merge=True):
+        self.loops = {}  # of `rollout`: caches and graphs, by shape and settings
+        self.model, self.twins = sampling_copy(model, dtype, merge)
+        self.num_bytes = sum(p.numel() * p.element_size() for twin, _ in self.twins if not isinstance(twin, Beside)
+                             for p in twin.parameters())
+        self.stands = self.agrees()
+
+    @torch.no_grad()
+    def follow(self, name):
+        """Take over an adapter's weights as they are now; None: the bare base."""
+        for twin, layer in self.twins:
+            twin.follow(layer, name) if isinstance(twin, Beside) else merge_into(twin, layer, name)
+
+    @torch.no_grad()
+    def agrees(self):
+        """Whether the standing cache gives what transformers' own gives, on prompts that differ in length."""
+        config = causal_lm(self.model).config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if kinds - {"full_attention"} or not kinds and getattr(config, "sliding_window", None):
+            print("sampling goes the slow way: this model has layers that do not see all of a text")
+            return False
+        prompts, token = [[1, 2, 3, 4, 5], [1, 2, 6]], torch.tensor([3, 4], device=causal_lm(self.model).device)  # (2,)
+        told = []
+        try:
+            for reader in (Growing(self.model), Standing(self.model, 2, BUCKET)):
+                reader.begin(prompts, 0)
+                told.append(torch.stack([reader.read(token) for _ in range(2)]).float())  # (2, 2, H)
+            same = torch.allclose(*told, rtol=0.05, atol=0.05 * told[0].abs().max().item())
+            why = "it gives other hidden states"
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            same, why = False, type(error).__name__
+        if not same:
+            print(f"sampling goes the slow way: this model cannot use a cache of fixed size ({why})")
+        return same
+
+
+def left_padded(prompts, pad_id, device):
+    """Lists of ids, left-padded so that all end together: ids, attention mask and positions, (B, P) each."""
+    ids = pad([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)   # (B, P)
+    seen = pad([[1] * len(prompt) for prompt in prompts], 0, device).flip(1)  # (B, P)
+    place = (seen.cumsum(1) - 1).clamp(min=0)                                 # (B, P)
+    return ids, seen, place
