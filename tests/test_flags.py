@@ -24,6 +24,7 @@ BAD = """
 --seeds 0               --seeds 1.5             --seed -1               --seed 99999999999999999999  --device gpu       --device cuda:x
 --out_dir=              --out_dir README.md     --save_every -1         --keep -1               --keep all              --max_bad_steps -1
 --resume no/such/run    --resume=               --g-lr 1                --stepz 3               --rnk 3                 --num_step 3            -g_lr 3
+--merge never           --grad_ckpt 2           --optim sgd             --optim=
 """.strip()
 CASES = [case.split() for case in re.split(r"\s+(?=--?[a-z])", BAD)]
 
@@ -46,7 +47,7 @@ def test_a_mistake_is_one_line_that_names_its_flag(words, monkeypatch, capsys):
     flag = {"--g-lr": "--g_lr", "--rnk": "--rank", "--num_step": "--num_steps", "--stepz": "--num_steps", "-g_lr": "--g_lr"}.get(words[0], words[0].split("=")[0])
     if words[0] == "--resume":
         flag = words[-1].removeprefix("--resume=") or "--resume"
-    if words[0] in ("--adv_norm", "--d_shuffle", "--sft"):  # switches take no word: the word is what is unknown
+    if words[0] in ("--adv_norm", "--d_shuffle", "--sft", "--merge", "--grad_ckpt"):  # switches take no word: the word is what is unknown
         flag = words[1]
     assert code == 2 and out == "" and err.count("\n") == 1 and flag in err and "Traceback" not in err
 
