@@ -223,21 +223,19 @@ def taught(roll, prompts, answers, rules):
 
 
 def draw(logits, uniform):
-    """One id a row, and its log-prob in nats, from logits (B, V), which are overwritten: (B,) each.
+    """One id a row from logits (B, V), and its log-prob in nats: (B,) each.
 
     Drawn is the first id with which the probabilities sum to more than `uniform` (B,), from 0 to below 1: with numbers
     that were drawn before, nothing in a step is random, and nothing synchronises. None is greedy.
     """
-    logits -= logits.amax(-1, keepdim=True)                     # (B, V)
-    mass = logits.exp().cumsum(-1, dtype=torch.double)          # (B, V)
-    total = mass[:, -1:]                                        # (B, 1)
+    p = logits.softmax(-1)                                      # (B, V)
     if uniform is None:
         drawn = logits.argmax(-1, keepdim=True)                 # (B, 1)
     else:
-        drawn = torch.searchsorted(mass, uniform[:, None] * total, right=True)  # (B, 1)
+        mass = p.cumsum(-1, dtype=torch.double)                 # (B, V) in fp32 a tail of small ones would be lost
+        drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
         drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) should the product be rounded up to the total
-    logps = logits.gather(1, drawn) - total.log()               # (B, 1)
-    return drawn[:, 0], logps[:, 0].float()  # (B,) each
+    return drawn[:, 0], p.gather(1, drawn).log()[:, 0]  # (B,) each
 
 
 def gather(prompts, written):
