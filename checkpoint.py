@@ -9,6 +9,7 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -28,17 +29,18 @@ from model import load_adapters
 FORMAT = 1
 
 
-def save(out_dir, model, modules, optimizers, state, files, keep=0):
+def save(out_dir, models, modules, optimizers, state, files, keep=0):
     """Write out_dir/ckpt.
 
-    modules, optimizers: name to object, with a state_dict. state: plain values. files: the append-only files of the
-    run, whose lengths are kept, so that lines written after this moment can be cut off. keep: so many checkpoints
-    before this one stay, as ckpt-<step>.
+    models: whose adapters are trained. modules, optimizers: name to object, with a state_dict. state: plain values.
+    files: the append-only files of the run, whose lengths are kept, so that lines written after this moment can be cut
+    off. keep: so many checkpoints before this one stay, as ckpt-<step>.
     """
     new = pathlib.Path(out_dir) / "ckpt.new"
     try:
         shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new, save_embedding_layers=False)  # no question to the hub whether embeddings changed
+        for model in models:
+            model.save_pretrained(new, save_embedding_layers=False)  # no question to the hub whether embeddings changed
         for name, module in modules.items():
             tensors = {key: value.contiguous() for key, value in module.state_dict().items()}
             save_file(tensors, new / f"{name}.safetensors")
@@ -94,7 +96,7 @@ def sync(path):
         os.close(number)
 
 
-def restore(out_dir, model, modules, optimizers):
+def restore(out_dir, models, modules, optimizers):
     """Load what `save` wrote, cut the run's files back to that moment, and return the state.
 
     A checkpoint that is missing, cut short, or of another model or version is one line, and nothing is cut then.
@@ -110,7 +112,8 @@ def restore(out_dir, model, modules, optimizers):
         for name, length in saved["lengths"].items():
             if (out_dir / name).stat().st_size < length:
                 raise ValueError(f"{name} is shorter than when it was saved")
-        load_adapters(model, ckpt)
+        for model in models:
+            load_adapters(model, ckpt)
         for name, module in modules.items():
             module.load_state_dict(load_file(ckpt / f"{name}.safetensors"))
         for name, optimizer in optimizers.items():
@@ -209,6 +212,15 @@ def trace_resume(out_dir, device):
     write_whole(path, json.dumps(run, indent=2) + "\n")
 
 
+def json_lines(rows):
+    """Dicts as lines of JSON, with null for nan and infinities, which it does not have."""
+    def known(x):
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    rows = ({key: known(x) for key, x in row.items()} for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_whole(path, text):
     """Write a file beside, then rename it, so that it is never there by half."""
     beside = path.with_name(path.name + ".new")
@@ -231,6 +243,11 @@ class Signals:
         """Give both signals back the meaning they had."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def leave(self, when, out_dir):
+        """End the run, all whole steps of which were saved."""
+        print(f"stopped {when}; go on with: python train.py --resume {out_dir}")
+        raise SystemExit(128 + self.stop)
 
     def note(self, number, frame):
         self.stop = number

@@ -199,11 +199,11 @@ def sample_fresh(run, out_dir, num_sequences, model, tokenizer, device):
     from model import DTYPES, add_adapters, load_adapters
     from rollout import complete, rules
     from sampler import Sampler
-    names = ["shared"] if run["adapters"] == "shared" else ["generator", "discriminator"]
-    model = add_adapters(model, names, run["rank"], run["alpha"])
+    name = "shared" if run["adapters"] == "shared" else "generator"  # the discriminator may be on another model
+    model = add_adapters(model, [name], run["rank"], run["alpha"])
     load_adapters(model, out_dir / "ckpt")
     sampler = Sampler(model, DTYPES[run["dtype"]])
-    sampler.follow(names[0])
+    sampler.follow(name)
     encode, rule, C = plain_encoder(tokenizer), rules(tokenizer, model), run["completion_tokens"]
     lengths = run["reasoning_tokens"], C, run["echo_tokens"], run["temperature"]
     stream = windows(run["data"], encode, run["prefix_tokens"], C, run["seed"], "held_out", run["text_field"])

@@ -81,6 +81,16 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{where} holds no usable run: its args.json has {action.dest} = {value!r}")
         return run
 
+    def going_on(self, args, may_change):
+        """The flags of the run that --resume names, and those on the command line, which may be few."""
+        given = [word.removeprefix("--") for word in self.given()]
+        another = [f"--{name}" for name in given if name not in (*may_change, "resume")]
+        if another:
+            raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another "
+                            f"run; only --{', --'.join(may_change)} may change")
+        run = self.checked(read_args(args.resume, NEEDED), args.resume)
+        return run, {name: getattr(args, name) for name in given}
+
     def error(self, message):
         raise UserError(message)
 
@@ -132,6 +142,19 @@ def check(args):
     if args.d_loss == "pair" and args.d_shuffle:
         raise UserError("--d_shuffle: shuffles labels text by text, which --d_loss pair has no use for; "
                         "use --d_loss ce")
+    if args.g_reward == "azr" and args.disc != "reason":
+        raise UserError("--g_reward azr: is made of the d_value that --disc reason has; give both, or prob or neglog")
+    if args.g_reward == "neglog" and args.disc != "head":
+        raise UserError("--g_reward neglog: needs the probability that --disc head gives; with reason, use azr or prob")
+    if args.d_loss == "pair" and args.disc != "head":
+        raise UserError("--d_loss pair: is the head's; --disc reason learns by policy gradient, leave it out")
+    if args.disc != "reason" and (args.d_think_tokens is not None or args.d_value_detach):
+        flag = "d_value_detach" if args.d_value_detach else "d_think_tokens"
+        raise UserError(f"--{flag}: has no effect on --disc head; use --disc reason, or leave it out")
+    if args.d_model and args.adapters == "shared":
+        raise UserError(f"--d_model {args.d_model}: two models cannot share an adapter; use --adapters separate")
+    if args.azr_t >= 1:
+        raise UserError(f"--azr_t {args.azr_t}: must be from 0 to below 1")
     if args.sft and args.d_shuffle:
         raise UserError("--sft learns from the truth and not from the discriminator, so --d_shuffle has no effect; "
                         "give one of the two")
@@ -147,8 +170,9 @@ def check(args):
             raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
         if not pathlib.Path(args.data).is_dir() and not args.data.endswith(SUFFIXES):
             raise UserError(f"--data {args.data} is none of {', '.join(SUFFIXES)}, nor a folder of these")
-    if args.model.startswith((".", "/", "~")) and not pathlib.Path(args.model).is_dir():
-        raise UserError(f"--model {args.model}: there is no such folder; give a folder, a hub id, or demo")
+    for flag, name in (("model", args.model), ("d_model", args.d_model or "")):
+        if name.startswith((".", "/", "~")) and not pathlib.Path(name).is_dir():
+            raise UserError(f"--{flag} {name}: there is no such folder; give a folder, a hub id, or demo")
     if args.out_dir and pathlib.Path(args.out_dir).is_file():
         raise UserError(f"--out_dir {args.out_dir} is a file; name a folder")
     if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():

@@ -55,32 +55,41 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def memory_needs(model, num_trained, num_tokens, batch_size, micro_batch, merged):
-    """What a run takes, roughly, in GiB by purpose, for sequences of num_tokens.
+def memory_needs(players, num_trained, merged):
+    """What a run takes, roughly, in GiB by purpose; players: (model, tokens of a sequence, sequences sampled at once,
+    sequences a pass of the update), in turn. Of two models both stay in memory, cache and activations of one at a time.
 
     Adapters are fp32, with gradients and two moments. A layer of Qwen3 keeps about 23 numbers of H a token for the
     backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16). merged: bytes of the copy that samples.
     """
-    config, base = causal_lm(model).config.get_text_config(), causal_lm(model)
-    frozen = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = base.get_output_embeddings().weight.element_size()
-    states = 2 * config.num_hidden_layers * heads * head_dim * size
-    parts = {"weights": frozen, "merged copy": merged, "adapters": 16 * num_trained, "cache": states * batch_size * num_tokens,
-             "activations": 23 * size * config.hidden_size * config.num_hidden_layers * micro_batch * num_tokens}
+    frozen, cache, activations = {}, [], []
+    for model, num_tokens, num_sampled, num_passed in players:
+        config, base = causal_lm(model).config.get_text_config(), causal_lm(model)
+        frozen[id(base)] = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = base.get_output_embeddings().weight.element_size()
+        cache.append(2 * config.num_hidden_layers * heads * head_dim * size * num_sampled * num_tokens)
+        activations.append(23 * size * config.hidden_size * config.num_hidden_layers * num_passed * num_tokens)
+    parts = {"weights": sum(frozen.values()), "merged copy": merged, "adapters": 16 * num_trained, "cache": max(cache),
+             "activations": max(activations)}
     return {purpose: size / 2**30 for purpose, size in parts.items()}
 
 
-def load_tokenizer(name):
-    """The tokenizer of a hub id, a folder, or an embedded model."""
+def positions(model):
+    """The most tokens of a sequence, as the model's config has it."""
+    return getattr(causal_lm(model).config, "max_position_embeddings", None) or sys.maxsize
+
+
+def load_tokenizer(name, flag="--model"):
+    """The tokenizer of a hub id, a folder, or an embedded model; `flag` is the one that named it."""
     try:
         return AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{flag} {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
-def load_model(name, quant, dtype, device):
+def load_model(name, quant, dtype, device, flag="--model"):
     """A causal LM and its tokenizer from a hub id, a folder, or `demo` and `demo-small`, which are embedded.
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
@@ -91,13 +100,13 @@ def load_model(name, quant, dtype, device):
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quant]
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, flag)
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:  # no such model, no hub, torn weights, not a causal LM
-        raise UserError(f"--model {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{flag} {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():  # bitsandbytes would repack nf4 weights for AVX512, in a form that has no gradient
@@ -107,7 +116,7 @@ def load_model(name, quant, dtype, device):
     with torch.no_grad():
         told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
     if not torch.allclose(told.float(), ours.float(), rtol=0.05, atol=0.05):
-        raise UserError(f"--model {name} changes its logits after the output layer (a soft cap, a scale), "
+        raise UserError(f"{flag} {name} changes its logits after the output layer (a soft cap, a scale), "
                         "which token_logps does not know")
     return model, tokenizer
 
@@ -218,6 +227,12 @@ def pad(rows, value=0, device="cpu", dtype=torch.long):
     for i, row in enumerate(rows):
         out[i, :len(row)] = torch.as_tensor(row, dtype=dtype)  # (len(row),)
     return out.to(device)  # (B, T)
+
+
+def micro_batches(rows, size):
+    """Lists of at most `size` of the row numbers (0: all in one)."""
+    rows = list(rows)
+    return [rows[first:first + (size or len(rows))] for first in range(0, len(rows), size or len(rows) or 1)]
 
 
 # -----------------------------------------------------------------------------

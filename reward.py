@@ -13,15 +13,21 @@ def length_score(n, completion_tokens):
     return min(n / completion_tokens, 1.0)
 
 
-def generator_reward(logits, length_scores, kind, d_scale):
-    """What the generator is paid: (B,) from the discriminator's logits (B, 2) and length scores (B,).
+def generator_reward(judged, length_scores, kind, d_scale, azr_t):
+    """What the generator is paid: (B,) by a discriminator.Judged and length scores (B,).
 
-    prob:   d_scale * p_real * length_score
+    prob:   d_scale * p_real * length_score; of a verdict in words: 1 - its correctness, in place of p_real
     neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure.
-    Neither is ever negative: a negative reward times a length score would pay for writing nothing.
+    azr:    d_scale * (1 - d_value if d_value > azr_t else 0) * length_score (after arXiv 2505.03335, where a proposer
+            earns 1 - the solver's pass rate, and 0 for what nobody solves).
+    None is ever negative: a negative reward times a length score would pay for writing nothing.
     """
-    logps = torch.log_softmax(logits.float(), -1)  # (B, 2)
-    score = {"prob": logps[:, REAL].exp(), "neglog": -logps[:, 1 - REAL]}[kind]  # (B,)
+    if kind == "prob":
+        score = judged.p_real  # (B,)
+    elif kind == "neglog":
+        score = -judged.log_generated  # (B,)
+    else:
+        score = torch.where(judged.d_value > azr_t, 1 - judged.d_value, 0.0)  # (B,)
     return d_scale * score * length_scores  # (B,)
 
 

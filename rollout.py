@@ -7,15 +7,17 @@ What differs from the textbook:
 2. No top-k, no top-p: the learner can score exactly what was drawn. The sampler returns its own log-probs, to compare.
 3. Forced tokens (the closing of the thinking, the blank line after it) are in `ids` and not in `sampled`.
 
-Letters: B sequences, T tokens, V vocabulary, H hidden, L closing length, P prompt width, S stop ids.
+Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, L closing length, P prompt width,
+S stop ids.
 """
+import hashlib
 import os
 from typing import NamedTuple
 
 import torch
 
 from data import clip, prompt_ids
-from model import FORBIDDEN, causal_lm, head_weights, pad
+from model import FORBIDDEN, causal_lm, head_weights, hidden_states, pad, token_logps, without_adapters
 from sampler import BUCKET, Growing, Sampler, Standing
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -220,6 +222,33 @@ def taught(roll, prompts, answers, rules):
                   torch.bool)  # (B, T)
     never = torch.full(ids.shape, torch.nan, device=device)  # (B, T) no sampler drew them
     return roll._replace(ids=ids, sampled=sampled, thinking=torch.zeros_like(sampled), logps=never, reply=answers)
+
+
+def at_sampled(roll, rows, hidden):
+    """Of the states (b, T, H) of some rows those that predict the sampled tokens: at t - 1 for the token at t."""
+    return hidden[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
+
+
+@torch.no_grad()
+def reference_hidden(model, roll, rows):
+    """The bare base model's states at the sampled tokens of some rows."""
+    with without_adapters(model):
+        return at_sampled(roll, rows, hidden_states(model, roll.ids[rows], roll.shared))  # (N, H)
+
+
+def sampled_stats(model, roll, rows, rules, temperature, ref_hidden=None, hidden=None):
+    """TokenStats of the sampled tokens of some rows under the active adapter. hidden: its states, where known."""
+    mask = roll.sampled[rows]  # (b, T)
+    kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
+    hidden = at_sampled(roll, rows, hidden_states(model, roll.ids[rows], roll.shared) if hidden is None else hidden)  # (N, H)
+    targets = roll.ids[rows][mask]  # (N,)
+    return token_logps(model, hidden, targets, rules.blocked, kind, ref_hidden, temperature or 1.0)  # (N,) each
+
+
+def keyed(device, *key):
+    """A random generator on the device, a function of the key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
 def draw(logits, uniform):

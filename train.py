@@ -19,7 +19,7 @@ What differs from textbook REINFORCE and textbook GANs:
 """
 from argparse import BooleanOptionalAction as Switch, Namespace
 
-from flags import NEEDED, Parser, UserError, check, read_args
+from flags import Parser, UserError, check
 
 # -----------------------------------------------------------------------------
 # flags; the defaults are the write-up's run 05, a preset only changes defaults
@@ -28,6 +28,9 @@ DEMO = dict(
     reasoning_tokens=12, completion_tokens=48, batch_size=64, micro_batch=16, num_steps=40, g_lr=2e-3, d_lr=3e-3,
     d_scale=1.0, kl_coef=0.1, g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=8, featurizer="base",
     save_every=10)
+REASON = dict(g_reward="azr")  # of --disc reason
+PRESETS = {("writeup", "reason"): REASON, ("demo", "head"): DEMO, ("demo", "reason"): DEMO | REASON | dict(
+    batch_size=16, num_steps=100)}
 MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every keep max_bad_steps".split()  # on --resume
 parser = Parser(__doc__)
 add = parser.add_argument
@@ -59,14 +62,21 @@ add("--optim", choices=["adam", "adam8bit"], default="adam", help="adam8bit: mom
 add("--beta1", type=float, default=0.95, help="of both Adams")
 add("--beta2", type=float, default=0.95, help="of both Adams")
 add("--grad_clip", type=float, default=1.0, help="largest gradient norm of an update")
-add("--g_reward", choices=["prob", "neglog"], default="prob", help="p_real or -log(1 - p_real), times the length score")
+add("--g_reward", choices=["prob", "neglog", "azr"], default="prob",
+    help="p_real, -log(1 - p_real), or 1 - d_value where that is above azr_t; times the length score")
+add("--azr_t", type=float, default=0.125, help="of --g_reward azr; a d_value up to this earns nothing")
 add("--d_scale", type=float, default=30.0, help="factor of the reward, against the KL")
 add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the base (0: no reference pass)")
 add("--ema_decay", type=float, default=0.9, help="of the baseline")
 add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
+add("--disc", choices=["head", "reason"], default="head", help="the discriminator: a linear head, or one that thinks")
+add("--d_model", default=None, help="another base model for the discriminator, as --model (unset: the same)")
 add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy a text, or Bradley-Terry a pair")
 add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator's loss, the other reading of d-scale")
 add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last state or the mean")
+add("--d_think_tokens", type=int, default=None, help="of --disc reason (unset: as reasoning_tokens; 0: none)")
+add("--d_kl_coef", type=float, default=0.05, help="as --kl_coef, of --disc reason (0: no reference pass)")
+add("--d_value_detach", action=Switch, default=False, help="the value head of --disc reason trains itself alone")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
 add("--d_shuffle", action=Switch, default=False, help="control: the discriminator learns from shuffled labels")
 add("--sft", action=Switch, default=False, help="control: the generator is fine-tuned on the truth, at advantage 1")
@@ -81,23 +91,18 @@ add("--save_every", type=int, default=100, help="steps between checkpoints (0: o
 add("--keep", type=int, default=0, help="earlier checkpoints to keep, as ckpt-<step> (0: none)")
 add("--max_bad_steps", type=int, default=10, help="steps in a row without a finite update that end the run (0: none)")
 add("--resume", default=None, help="folder of a run to go on with; needs no other flag, and takes few")
-if parser.peek("--preset") == "demo":
-    parser.set_defaults(**DEMO)
+parser.set_defaults(**PRESETS.get((parser.peek("--preset") or "writeup", parser.peek("--disc") or "head"), {}))
 args = parser.parse_args()
 if args.resume:
-    given = [word.removeprefix("--") for word in parser.given()]
-    another = [f"--{name}" for name in given if name not in (*MAY_CHANGE, "resume")]
-    if another:
-        raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another run; "
-                        f"only --{', --'.join(MAY_CHANGE)} may change")
-    run = parser.checked(read_args(args.resume, NEEDED), args.resume)
-    changed = {name: getattr(args, name) for name in given}
-    args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | changed)
+    run, changed = parser.going_on(args, MAY_CHANGE)
+    args = Namespace(**vars(args) | PRESETS.get((run["preset"], run.get("disc", "head")), {}) | run | changed)
 args.prefix_tokens = args.completion_tokens if args.prefix_tokens is None else args.prefix_tokens
+if args.disc == "reason" and args.d_think_tokens is None:
+    args.d_think_tokens = args.reasoning_tokens
 check(args)
 
 import datetime
-import hashlib
+import functools
 import json
 import math
 import pathlib
@@ -107,21 +112,23 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import Signals, claim, hold, last_words, provenance, restore, save, sync, trace_resume, write_whole
-from data import bos_ids, plain_encoder, prompt_ids, windows
-from discriminator import Discriminator, discriminator_loss, pair_ids
+from checkpoint import (Signals, claim, hold, json_lines, last_words, provenance, restore, save, sync, trace_resume,
+                        write_whole)
+from data import plain_encoder, prompt_ids, windows
+from discriminator import Head
 from evaluate import evaluate
 from features import featurizer
 from measures import distinct
-from model import (DTYPES, TokenStats, adapter_parameters, add_adapters, causal_lm, checked_device, checkpoint_layers,
-                   hidden_states, load_model, load_tokenizer, memory_gb, memory_needs, pad, token_logps, without_adapters)
-from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
-from rollout import COMPLETION, THINKING, complete, rules, taught
+from model import (DTYPES, TokenStats, adapter_parameters, add_adapters, checked_device, checkpoint_layers, load_model,
+                   load_tokenizer, memory_gb, memory_needs, micro_batches, positions)
+from reason import Reason
+from reward import advantages, ema, generator_reward, length_score, policy_loss
+from rollout import complete, keyed, reference_hidden, rules, sampled_stats, taught
 from sampler import Sampler
 
 # -----------------------------------------------------------------------------
 # seed, device, model, data
-# B sequences (b in a micro-batch), R and C most tokens of thinking and completion, T tokens, N sampled ones, H hidden
+# B sequences, R and C most tokens of thinking and completion, T tokens, N sampled ones, H hidden
 B, R, C = args.batch_size, args.reasoning_tokens, args.completion_tokens
 device = checked_device(args.device)
 torch.manual_seed(args.seed)
@@ -130,23 +137,30 @@ tokenizer = load_tokenizer(args.model)
 stream = windows(args.data, plain_encoder(tokenizer), args.prefix_tokens, C, args.seed, text_field=args.text_field)
 stream[0]  # a source without a usable text fails here, before the weights are loaded
 model, _ = load_model(args.model, args.quant, args.dtype, device)
-encode, bos, rule = plain_encoder(tokenizer), bos_ids(tokenizer), rules(tokenizer, model)
-most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
-room = getattr(causal_lm(model).config, "max_position_embeddings", most)
-if most > room:
-    raise UserError(f"--model {args.model} has {room} positions and a sequence takes up to {most}; lower "
-                    "--prefix_tokens, --reasoning_tokens, --completion_tokens or --echo_tokens")
+encode, rule = plain_encoder(tokenizer), rules(tokenizer, model)
 featurizer(args.featurizer, model, tokenizer, "cpu")  # one that cannot be had fails here, not after the run
 
-# players: two adapters, or one in both roles
+# players: two adapters on one model, one in both roles, or two models
 G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
-model = add_adapters(model, sorted({G, D}, reverse=True), args.rank, args.alpha)
-head = Discriminator(causal_lm(model).config.hidden_size, args.d_pool).to(device)
-if args.grad_ckpt:
-    checkpoint_layers(model)
-sampler = Sampler(model, DTYPES[args.dtype], args.merge)  # the generator while it samples: a copy that follows adapter G
+model = add_adapters(model, [G] if G == D or args.d_model else [G, D], args.rank, args.alpha)
+d_model, d_tokenizer = model, tokenizer
+if args.d_model:
+    d_model, d_tokenizer = load_model(args.d_model, args.quant, args.dtype, device, "--d_model")
+    d_model = add_adapters(d_model, [D], args.rank, args.alpha)
+models = [model] if d_model is model else [model, d_model]
+for lm in models if args.grad_ckpt else []:
+    checkpoint_layers(lm)
+samplers = [Sampler(lm, DTYPES[args.dtype], args.merge) for lm in (models if args.disc == "reason" else [model])]
+common = d_model, d_tokenizer, (args.prefix_tokens, C), args.micro_batch, args.d_loss_scale, args.d_shuffle
+judge = (Head(*common, args.d_pool, args.d_loss) if args.disc == "head" else
+         Reason(*common, samplers[-1], D, B, args.d_think_tokens, args.temperature, args.d_kl_coef, args.d_value_detach))
+most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
+for name, lm, need in ((args.model, model, most), (args.d_model or args.model, d_model, judge.most)):
+    if need > positions(lm):
+        raise UserError(f"{name} has {positions(lm)} positions and a sequence takes up to {need}; lower --echo_tokens, "
+                        "--prefix_tokens, --reasoning_tokens, --d_think_tokens or --completion_tokens")
 g_params = adapter_parameters(model, G)
-d_params = adapter_parameters(model, D) + list(head.parameters())
+d_params = adapter_parameters(d_model, D) + [p for module in judge.modules.values() for p in module.parameters()]
 
 # -----------------------------------------------------------------------------
 # everything the loop changes, besides the weights: saved and restored as this block
@@ -155,7 +169,7 @@ if args.optim == "adam8bit":
     from bitsandbytes.optim import Adam8bit as Adam
 g_optimizer = Adam(g_params, lr=args.g_lr, betas=(args.beta1, args.beta2))
 d_optimizer = Adam(d_params, lr=args.d_lr, betas=(args.beta1, args.beta2))
-modules, optimizers = {"head": head}, {"generator": g_optimizer, "discriminator": d_optimizer}
+optimizers = {"generator": g_optimizer, "discriminator": d_optimizer}
 state = {
     "step": -args.d_warmup,
     "baseline": None,  # moving averages of the batch's mean reward, and of its squared distance from the baseline
@@ -172,87 +186,63 @@ whole = False  # whether the weights are those of a whole step, so that they can
 
 def checkpoint():
     """Save everything the loop changes."""
-    save(out_dir, model, modules, optimizers, state, [metrics, samples], args.keep)
+    save(out_dir, models, judge.modules, optimizers, state, files.values(), args.keep)
 
 
 # from here on a lack of memory or of disk ends the run in one line
-needs = memory_needs(model, num_trained, most, B, args.micro_batch or B, sampler.num_bytes)
+size, copied = args.micro_batch or B, sum(sampler.num_bytes for sampler in samplers)
+players = (model, most, B, size), (d_model, judge.most, 2 * B * judge.samples, 2 * size)
+needs = memory_needs(players, num_trained, copied)
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint())
 if args.resume:  # also cuts the files back to the checkpoint, so it comes before they are opened
     hold(out_dir)
-    state |= restore(out_dir, model, modules, optimizers)
+    state |= restore(out_dir, models, judge.modules, optimizers)
     trace_resume(out_dir, device)
-metrics, samples = (open(out_dir / name, "a", 1, encoding="utf-8") for name in ("metrics.jsonl", "rollouts.jsonl"))
+names = "metrics", "rollouts", *judge.files
+files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8") for name in names}
 if not args.resume:
     checkpoint()
     write_whole(out_dir / "args.json", json.dumps({"args": vars(args), **provenance(device)}, indent=2) + "\n")
     # from here on it is a run, and a stopped one can go on
 signals = Signals()
 print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained of "
-      f"{sum(p.numel() for p in model.parameters()):,} parameters")
+      f"{sum(p.numel() for lm in models for p in lm.parameters()):,} parameters")
 
 
 # -----------------------------------------------------------------------------
 # the loop's verbs; they read the names above, and only `update` changes any of it: weights and state["loss_scale"]
-
-def random_for(*key):
-    """A generator on the device, keyed by seed and purpose, so that a step can be sampled again."""
-    digest = hashlib.blake2b(repr((args.seed, *key)).encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+random_for = functools.partial(keyed, device, args.seed)  # (purpose, number): a step can be sampled again
+stats_of = functools.partial(sampled_stats, model, rules=rule, temperature=args.temperature)  # the generator's
 
 
 def sample(batch, adapter, generator):
     """A rollout for each window, and its completion as text, without the echo, cut to C tokens, with its length n."""
-    sampler.follow(adapter)
-    return complete(sampler, tokenizer, encode, rule, batch, R, C, args.echo_tokens, args.temperature, generator)
-
-
-def finite(row):
-    """A dict without nan and infinities, which JSON does not have: null in their place."""
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+    samplers[0].follow(adapter)
+    return complete(samplers[0], tokenizer, encode, rule, batch, R, C, args.echo_tokens, args.temperature, generator)
 
 
 def record(step, window, roll, i, completion, n, reward=None, p_real=None):
-    """One line of rollouts.jsonl or floor.jsonl."""
+    """One row of rollouts.jsonl or floor.jsonl."""
     think = tokenizer.decode(roll.think[i], clean_up_tokenization_spaces=False)
-    return json.dumps(finite(dict(
-        step=step, prefix=window.prefix, sep=window.sep, truth=window.truth, think=think, completion=completion,
-        reward=reward, p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]), n_completion=n,
-        think_closed=bool(roll.think_closed[i]))), ensure_ascii=False) + "\n"
-
-
-def judge(texts):
-    """The discriminator's logits (B, 2) for texts of (ids, mask of the completion)."""
-    ids, mask = (pad(part, 0, device, kind) for part, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T)
-    return head(hidden_states(model, ids), mask)  # (B, 2)
-
-
-def sampled_hidden(roll, rows):
-    """States that predict the sampled tokens of some rows: the state at t - 1 for the token at t."""
-    return hidden_states(model, roll.ids[rows], roll.shared)[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
-
-
-def sampled_stats(roll, rows, ref_hidden):
-    """TokenStats of the sampled tokens of some rows under the active adapter."""
-    mask = roll.sampled[rows]  # (b, T)
-    kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
-    hidden, targets = sampled_hidden(roll, rows), roll.ids[rows][mask]  # (N, H), (N,)
-    return token_logps(model, hidden, targets, rule.blocked, kind, ref_hidden, args.temperature or 1.0)  # (N,) each
+    return dict(step=step, prefix=window.prefix, sep=window.sep, truth=window.truth, think=think, completion=completion,
+                reward=reward, p_real=p_real, length_score=length_score(n, C), n_think=len(roll.think[i]),
+                n_completion=n, think_closed=bool(roll.think_closed[i]))
 
 
 def kl_now(roll, parts):
     """Mean KL to the base on sequences that were sampled before a step, after it."""
     model.set_adapter(G)
     with torch.no_grad():
-        return torch.cat([sampled_stats(roll, rows, ref_hidden).kl for rows, ref_hidden, _ in parts]).mean().item()
+        kl = [stats_of(roll, rows, ref_hidden=ref_hidden).kl for rows, ref_hidden, _ in parts]  # (N,) in all
+        return torch.cat(kl).mean().item()
 
 
-def update(optimizer, lr):
+def update(optimizer, lr, grad_clip):
     """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
     (group,) = optimizer.param_groups
     for p in (p for p in group["params"] if p.grad is not None):
         p.grad /= state["loss_scale"]
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], args.grad_clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], grad_clip).item()
     group["lr"] = lr
     if math.isfinite(norm):
         optimizer.step()
@@ -264,16 +254,10 @@ def update(optimizer, lr):
 
 def give_up(records):
     """End a run whose updates are not finite any more, with the last batch's records beside it."""
-    write_whole(out_dir / "bad_step.jsonl", "".join(records))
+    write_whole(out_dir / "bad_step.jsonl", json_lines(records))
     raise UserError(f"{state['bad_steps']} steps in a row (--max_bad_steps) had a gradient that is not finite; their "
-                    f"last sequences are in {out_dir}/bad_step.jsonl; the checkpoint from before them stands; start anew "
-                    "with a lower --g_lr or --d_lr, or with --dtype bf16 or fp32", status=1)
-
-
-def micro_batches(rows):
-    """Lists of at most --micro_batch row numbers."""
-    size = args.micro_batch or B
-    return [list(rows)[first:first + size] for first in range(0, len(rows), size)]
+                    f"last sequences are in {out_dir}/bad_step.jsonl; the checkpoint from before them stands; start "
+                    "anew with a lower --g_lr or --d_lr, or with --dtype bf16 or fp32", status=1)
 
 
 # -----------------------------------------------------------------------------
@@ -289,10 +273,9 @@ if args.floor_sequences and not floor.exists():
         roll, completions = sample(batch, None, random_for("floor", first))
         with open(partial, "a", encoding="utf-8") as file:
             rows = (record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch)))
-            file.write("".join(rows))
+            file.write(json_lines(rows))
         if signals.stop:
-            print(f"stopped before the first step; go on with: python train.py --resume {out_dir}")
-            raise SystemExit(128 + signals.stop)
+            signals.leave("before the first step", out_dir)
     sync(partial)
     partial.rename(floor)
 
@@ -311,33 +294,27 @@ for step in range(first_step, args.num_steps):
     t1 = time.time()
 
     # reward: what the discriminator, as it stands, makes of the completions; an empty one earns 0 and is not shown
-    model.set_adapter(D)
-    pairs = [pair_ids(encode, bos, w.prefix, w.sep, w.truth, text) for w, (text, _) in zip(batch, completions)]
-    shown = [i for i, pair in enumerate(pairs) if pair]  # a pair: (real ids, mask), (generated ids, mask)
-    logits = torch.zeros(B, 2, device=device)  # (B, 2)
-    with torch.no_grad():
-        for rows in micro_batches(shown):
-            logits[rows] = judge([pairs[i][1] for i in rows])  # (b, 2)
+    d_model.set_adapter(D)
+    judged = judge.look(batch, completions, random_for, step)
     lengths = torch.tensor([length_score(n, C) for _, n in completions], device=device)  # (B,)
-    p_real = logits.softmax(-1)[:, REAL]  # (B,)
-    reward = generator_reward(logits, lengths, args.g_reward, args.d_scale)  # (B,)
+    reward = generator_reward(judged, lengths, args.g_reward, args.d_scale, args.azr_t)  # (B,)
 
     # generator step: REINFORCE against the baseline from before this batch, and the KL to the base; not in the warm-up
     if step >= 0:
         model.set_adapter(G)
-        mean_reward = reward.mean().item()
+        mean_reward = reward[judged.counts].mean().item()
         baseline = mean_reward if state["baseline"] is None else state["baseline"]
-        variance = ema(state["variance"], (reward - baseline).square().mean().item(), args.ema_decay)
+        variance = ema(state["variance"], (reward - baseline)[judged.counts].square().mean().item(), args.ema_decay)
         advantage = advantages(reward, baseline, variance if args.adv_norm else None)  # (B,)
+        advantage = torch.where(judged.counts, advantage, 0.0)  # (B,)
         if args.sft:  # the same loss on the truth, at advantage 1, is supervised fine-tuning
             prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
             roll = taught(roll, prompts, [encode(window.truth)[0][:C] for window in batch], rule)
             advantage = torch.ones(B, device=device)  # (B,)
         parts, g_loss = [], 0.0
-        for rows in micro_batches(range(B)):
-            with torch.no_grad(), without_adapters(model):
-                ref_hidden = sampled_hidden(roll, rows) if args.kl_coef else None  # (N, H)
-            stats = sampled_stats(roll, rows, ref_hidden)  # (N,) each
+        for rows in micro_batches(range(B), args.micro_batch):
+            ref_hidden = reference_hidden(model, roll, rows) if args.kl_coef else None  # (N, H)
+            stats = stats_of(roll, rows, ref_hidden=ref_hidden)  # (N,) each
             each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
             loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))  # ()
             (loss * state["loss_scale"]).backward()
@@ -346,50 +323,46 @@ for step in range(first_step, args.num_steps):
         whole = False
         if math.isfinite(mean_reward):
             state.update(baseline=ema(state["baseline"], mean_reward, args.ema_decay), variance=variance)
-        g_grad_norm = update(g_optimizer, args.g_lr * lr_factor)
+        g_grad_norm = update(g_optimizer, args.g_lr * lr_factor, args.grad_clip)
         kl_after_g = kl_now(roll, parts) if G == D and args.kl_coef else None
 
-    # discriminator step: the real and the generated text of every prefix, in one batch
-    model.set_adapter(D)
-    d_loss, right = 0.0, torch.zeros(2)  # (2,)
-    shuffle = torch.randperm(2 * len(shown), generator=random_for("shuffle", step), device=device)  # (2B,)
-    for rows in micro_batches(shown):
-        labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=device)  # (2b,)
-        place = shown.index(rows[0])
-        told = shuffle[2 * place:2 * (place + len(rows))] % 2 if args.d_shuffle else labels  # (2b,) half of all real
-        verdicts = judge([pairs[i][0] for i in rows] + [pairs[i][1] for i in rows])  # (2b, 2)
-        loss = args.d_loss_scale * discriminator_loss(verdicts, told, args.d_loss) * len(rows) / len(shown)  # ()
+    # discriminator step: the real and the generated text of every prefix
+    d_model.set_adapter(D)
+    d_loss, right = 0.0, torch.zeros(2)  # (2,) of real, of generated
+    for rows in micro_batches(judged.shown, args.micro_batch):
+        loss, found = judge.loss(judged, rows)  # (), (2,)
         (loss * state["loss_scale"]).backward()
         d_loss += loss.item()
-        right += (verdicts.argmax(-1) == labels).float().view(2, -1).sum(1).cpu()  # (2,) of real, of generated
+        right += found  # (2,)
     whole = False
-    d_grad_norm = update(d_optimizer, args.d_lr * lr_factor)
+    d_grad_norm = update(d_optimizer, args.d_lr * lr_factor, args.grad_clip)
     kl_after_d = kl_now(roll, parts) if G == D and args.kl_coef and step >= 0 else None
-    d_acc_real, d_acc_generated = (right / max(len(shown), 1)).tolist()
+    d_acc_real, d_acc_generated = (right / max(len(judged.shown), 1)).tolist()
     t2 = time.time()
 
     skipped = [g_grad_norm, d_grad_norm].count(None)
     state["bad_steps"] = state["bad_steps"] + 1 if skipped else 0
-    paid = [(reward[i].item(), p_real[i].item()) if pairs[i] else (0.0, None) for i in range(B)]
-    records = [record(step, batch[i], roll, i, *completions[i], *paid[i]) for i in range(B)]
+    paid = reward.where(judged.counts, torch.nan), judged.p_real.where(judged.read, torch.nan)  # (B,) each; nan: null
+    records = [record(step, batch[i], roll, i, *completions[i], *(x[i].item() for x in paid)) for i in range(B)]
     if 0 < args.max_bad_steps <= state["bad_steps"]:
         give_up(records)
 
     # log
     left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
-    judged = f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f}"
+    accuracy = f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f}"
     speed = f"{t2 - t0:.1f} s/step, {datetime.timedelta(seconds=int(left))} left"
     if step < 0:
-        print(f"warm-up {step + args.d_warmup + 1}/{args.d_warmup} | d_loss {d_loss:.3f} | {judged} | {speed}",
+        print(f"warm-up {step + args.d_warmup + 1}/{args.d_warmup} | d_loss {d_loss:.3f} | {accuracy} | {speed}",
               flush=True)
     else:
         stats = TokenStats(*map(torch.cat, zip(*(stats for _, _, stats in parts))))  # (N,) each
         written = ~roll.thinking[roll.sampled]  # (N,) of the completion
+        told, logs = judge.tell(judged, step)
         row = dict(
-            step=step, reward=mean_reward, p_real=p_real[shown].mean().item(), length_score=lengths.mean().item(),
-            baseline=baseline, advantage_sd=advantage.std(correction=0).item(), g_loss=g_loss,
-            kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g, kl_after_d=kl_after_d,
-            entropy=stats.entropy.mean().item(),
+            step=step, reward=mean_reward, p_real=judged.p_real[judged.read].mean().item(),
+            length_score=lengths.mean().item(), baseline=baseline, advantage_sd=advantage.std(correction=0).item(),
+            g_loss=g_loss, kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g,
+            kl_after_d=kl_after_d, entropy=stats.entropy.mean().item(),
             logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
             d_loss=d_loss, d_acc_real=d_acc_real, d_acc_generated=d_acc_generated,
             g_grad_norm=g_grad_norm, d_grad_norm=d_grad_norm, g_lr=args.g_lr * lr_factor, d_lr=args.d_lr * lr_factor,
@@ -398,11 +371,11 @@ for step in range(first_step, args.num_steps):
             distinct_2=distinct([encode(text)[0] for text, _ in completions], 2),
             coherence=(stats.ref_logp[written] > -10).float().mean().item() if args.kl_coef else None,
             skipped=skipped, seconds=time.time() - t0, sample_seconds=t1 - t0,
-            update_seconds=t2 - t1, tokens_per_second=num_drawn / (t2 - t0), memory_gb=memory_gb(device))
-        metrics.write(json.dumps(finite(row)) + "\n")
-        samples.write("".join(records))
+            update_seconds=t2 - t1, tokens_per_second=num_drawn / (t2 - t0), memory_gb=memory_gb(device), **told)
+        for name, rows in dict(metrics=[row], rollouts=records, **logs).items():
+            files[name].write(json_lines(rows))
         print(f"step {step}/{args.num_steps} | reward {mean_reward:.3f} | p_real {row['p_real']:.2f} | length "
-              f"{row['length_score']:.2f} | {judged} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
+              f"{row['length_score']:.2f} | {accuracy} | kl {row['kl'] or 0:.4f} | {speed}", flush=True)
 
     # save
     state["step"], stop = step + 1, signals.stop
@@ -410,13 +383,13 @@ for step in range(first_step, args.num_steps):
     if stop or step + 1 == args.num_steps or due:
         checkpoint()
     if stop:
-        print(f"stopped after step {step}; go on with: python train.py --resume {out_dir}")
-        raise SystemExit(128 + stop)
+        signals.leave(f"after step {step}", out_dir)
 
 # -----------------------------------------------------------------------------
 # MAUVE of what was written, beside the floor and a ceiling
 if signals.stop:
-    print(f"stopped before the evaluation; go on with: python train.py --resume {out_dir}")
-    raise SystemExit(128 + signals.stop)
-metrics.close(), samples.close(), signals.default()
+    signals.leave("before the evaluation", out_dir)
+for file in files.values():
+    file.close()
+signals.default()
 evaluate(out_dir, args.featurizer, args.seeds, model, tokenizer, device)
