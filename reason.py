@@ -113,7 +113,7 @@ class Reason:
         value, immediate = torch.zeros(len(prompts), device=self.device), torch.zeros_like(said)  # (2n,) each
         for texts in micro_batches(range(len(prompts)), 2 * self.micro_batch):
             ids = pad([prompts[k] + self.opening for k in texts], 0, self.device)  # (2b, T)
-            hidden = hidden_states(self.model, ids)  # (2b, T, H)
+            hidden = hidden_states(self.model, ids, roll.shared)  # (2b, T, H)
             value[texts] = self.value_logits(hidden, ends[texts]).sigmoid()  # (2b,)
             last = hidden[torch.arange(len(texts), device=self.device), ends[texts] + len(self.opening)]  # (2b, H)
             immediate[texts] = head_logits(self.model, last)[:, self.choice].argmax(-1)  # (2b,)
@@ -146,7 +146,7 @@ class Reason:
         reward = (own.said[texts] == told_labels(judged, rows, self.device)).float()  # (2b,)
         advantage = reward - own.value[texts]  # (2b,)
         ref_hidden = reference_hidden(self.model, own.roll, texts) if self.kl_coef else None  # (N, H)
-        hidden = hidden_states(self.model, own.roll.ids[texts])  # (2b, T, H)
+        hidden = hidden_states(self.model, own.roll.ids[texts], own.roll.shared)  # (2b, T, H)
         stats = sampled_stats(self.model, own.roll, texts, self.rule, self.temperature, ref_hidden, hidden)  # (N,)
         each = advantage.repeat_interleave(own.roll.sampled[texts].sum(1))  # (N,)
         loss = policy_loss(stats.logp, stats.kl, each, self.kl_coef, self.num_positions)  # ()

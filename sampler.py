@@ -108,9 +108,9 @@ class Slab(CacheLayerMixin):
         self.where = where
 
     def lazy_initialization(self, keys, values):
-        (B, heads, _, _), W = keys.shape, self.where.width
-        self.keys = keys.new_zeros(self.where.rows, heads, W, keys.shape[-1])      # (B, heads, W, D)
-        self.values = values.new_zeros(self.where.rows, heads, W, values.shape[-1])  # (B, heads, W, D)
+        B, heads, W = self.where.rows, keys.shape[1], self.where.width
+        self.keys = keys.new_zeros(B, heads, W, keys.shape[-1])      # (B, heads, W, D)
+        self.values = values.new_zeros(B, heads, W, values.shape[-1])  # (B, heads, W, D)
         self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
