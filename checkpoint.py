@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flags import UserError
-from model import load_adapters
+from model import load_adapter, load_adapters
 
 FORMAT = 1
 
@@ -60,7 +60,7 @@ def save(out_dir, models, modules, optimizers, state, files, keep=0):
             raise
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"--out_dir {out_dir}: a checkpoint could not be written ({first_line(error)}); the one before "
-                        f"it stands; make room, then: python train.py --resume {out_dir}") from None
+                        f"it stands; make room, then: {again(out_dir)}") from None
 
 
 def put_in_place(new, keep):
@@ -130,6 +130,23 @@ def restore(out_dir, models, modules, optimizers):
         if step > saved["state"]["step"]:
             shutil.rmtree(path)
     return saved["state"]
+
+
+def start_from(out_dir, model, names):
+    """Give the named adapters the weights of a run's generator, or of what sft.py fine-tuned."""
+    ckpt = pathlib.Path(out_dir) / "ckpt"
+    source = ckpt / "shared" if (ckpt / "shared").is_dir() else ckpt / "generator"
+    try:
+        for name in names:
+            load_adapter(model, source, name)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"--init {out_dir}: {source} cannot be used ({first_line(error)}): it is cut short, or of "
+                        "another model or version") from None
+
+
+def again(out_dir):
+    """The command that goes on with a run of the script that is running."""
+    return f"python {pathlib.Path(sys.argv[0]).name} --resume {out_dir}"
 
 
 def first_line(error):
@@ -267,7 +284,10 @@ def shortage(error):
     return "disk" if isinstance(error, OSError) and error.errno in full else None
 
 
-def last_words(out_dir, needs, save_whole):
+SIZES = "--batch_size, --prefix_tokens, --reasoning_tokens or --completion_tokens"  # the flags that memory goes with
+
+
+def last_words(out_dir, needs, save_whole, sizes=SIZES):
     """A sys.excepthook: where memory or disk ran out, a run ends in one line with status 1 or 2, not in a traceback.
 
     needs: GiB of memory by purpose, from `memory_needs`. save_whole() saves the run if it can, and returns whether.
@@ -283,14 +303,14 @@ def last_words(out_dir, needs, save_whole):
             os._exit(1)
         if short is None or out_dir is None:
             return sys.__excepthook__(kind, error, trace)
-        resume, stands = f"python train.py --resume {out_dir}", "the last checkpoint stands"
+        resume, stands = again(out_dir), "the last checkpoint stands"
         if short == "memory":
             with contextlib.suppress(SystemExit, Exception):  # no room for that either: the last checkpoint stands
                 stands = "all whole steps were saved" if save_whole() else stands
             parts = ", ".join(f"{purpose} {gib:.1f}" for purpose, gib in needs.items())
             message = (f"out of memory ({first_line(error)}); {stands}; about {sum(needs.values()):.1f} GiB are wanted "
                        f"({parts}); go on with: {resume} --micro_batch 1, or start anew with --quant nf4, or with a "
-                       "smaller --batch_size, --prefix_tokens, --reasoning_tokens or --completion_tokens")
+                       f"smaller {sizes}")
         else:
             message = f"--out_dir {out_dir}: {first_line(error)}; {stands}; make room, then: {resume}"
         sys.stdout.flush()

@@ -261,7 +261,7 @@ def print_table(out_dir, report):
     for point in report.get("curve", []):
         print(f"  step {point['step']:<23}{point['mauve']:.3f} +- {point['mauve_sd']:.3f}")
     if report["kl"] is not None:
-        print(f"  KL to the base              {report['kl']:.3f} nats a token")
+        print(f"  KL to the reference         {report['kl']:.3f} nats a token")
     print_texts(report["texts"])
 
 

@@ -76,19 +76,21 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = run.get(action.dest, action.default)
             kind = action.type or (str if action.default is None else type(action.default))
-            fits = value is None and action.default is None or isinstance(value, {float: (int, float)}.get(kind, kind))
+            parts = value if action.nargs and isinstance(value, list) else [value]
+            of_kind = (isinstance(part, {float: (int, float)}.get(kind, kind)) for part in parts)
+            fits = value is None and action.default is None or all(of_kind)
             if action.dest in run and (not fits or action.choices and value not in action.choices):
                 raise UserError(f"{where} holds no usable run: its args.json has {action.dest} = {value!r}")
         return run
 
-    def going_on(self, args, may_change):
+    def going_on(self, args, may_change, needed=NEEDED):
         """The flags of the run that --resume names, and those on the command line, which may be few."""
         given = [word.removeprefix("--") for word in self.given()]
         another = [f"--{name}" for name in given if name not in (*may_change, "resume")]
         if another:
             raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another "
                             f"run; only --{', --'.join(may_change)} may change")
-        run = self.checked(read_args(args.resume, NEEDED), args.resume)
+        run = self.checked(read_args(args.resume, needed), args.resume)
         return run, {name: getattr(args, name) for name in given}
 
     def error(self, message):
@@ -116,10 +118,8 @@ def check_device(name):
         raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...")
 
 
-def check(args):
-    """Refuse flags out of range, combinations that cannot work and paths that are not there; imports nothing heavy."""
-    positive = ("rank alpha prefix_tokens completion_tokens batch_size num_steps "
-                "d_scale d_loss_scale grad_clip seeds").split()
+def check_values(args, positive):
+    """Refuse what no script that trains can use; positive: the flags that must not be 0. Imports nothing heavy."""
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} {value}: must be a finite number")
@@ -133,9 +133,43 @@ def check(args):
             raise UserError(f"--{name} {value[:20]}...: a name of {len(value)} characters is too long")
         if isinstance(value, int) and value >= 2 ** 63:
             raise UserError(f"--{name} {value}: must be below 2 to the 63")
-    for name in ("beta1", "beta2", "ema_decay"):
-        if not 0 <= getattr(args, name) < 1:
+    for name in ("beta1", "beta2", "ema_decay", "mix", "held_out"):
+        if not 0 <= getattr(args, name, 0) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be from 0 to below 1")
+    for name in ("lr", "g_lr", "d_lr"):
+        if getattr(args, name, 0) > 100:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at most 100; 1e-5 to 1e-2 are usual")
+    check_device(args.device)
+    for flag in ("model", "d_model"):
+        name = getattr(args, flag, None) or ""
+        if name.startswith((".", "/", "~")) and not pathlib.Path(name).is_dir():
+            raise UserError(f"--{flag} {name}: there is no such folder; give a folder, a hub id, or demo")
+    if args.out_dir and pathlib.Path(args.out_dir).is_file():
+        raise UserError(f"--out_dir {args.out_dir} is a file; name a folder")
+    if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():
+        raise UserError(f"--out_dir {args.out_dir} holds a run already; "
+                        f"go on with --resume {args.out_dir}, or name another folder")
+    if args.init and not args.resume:  # a resumed run has it all in its own checkpoint
+        check_init(args)
+
+
+def check_init(args):
+    """Refuse an --init whose adapter is not there or would not fit."""
+    files = (pathlib.Path(args.init) / "ckpt" / name / "adapter_model.safetensors" for name in ("shared", "generator"))
+    if not (pathlib.Path(args.init) / "args.json").is_file() or not any(file.is_file() for file in files):
+        raise UserError(f"--init {args.init} holds no run of train.py or sft.py with a checkpoint; give such a folder")
+    run = read_args(args.init, ("model", "rank", "alpha"))
+    for name in ("model", "rank", "alpha"):
+        if run[name] != getattr(args, name):
+            raise UserError(f"--{name} {getattr(args, name)} does not fit --init {args.init}, which was made with "
+                            f"--{name} {run[name]}; give that one")
+
+
+def check(args):
+    """Refuse train.py's flags out of range, combinations that cannot work and paths that are not there."""
+    positive = ("rank alpha prefix_tokens completion_tokens batch_size num_steps "
+                "d_scale d_loss_scale grad_clip seeds").split()
+    check_values(args, positive)
     if args.num_steps * args.batch_size < 4:
         raise UserError(f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: "
                         "MAUVE needs at least 4 sequences")
@@ -158,23 +192,11 @@ def check(args):
     if args.sft and args.d_shuffle:
         raise UserError("--sft learns from the truth and not from the discriminator, so --d_shuffle has no effect; "
                         "give one of the two")
-    for name in ("g_lr", "d_lr"):
-        if getattr(args, name) > 100:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at most 100; 1e-5 to 1e-2 are usual")
     if args.sft and args.adapters == "shared":
         raise UserError("--sft: with --adapters shared the discriminator's steps would move the generator too; "
                         "use --adapters separate")
-    check_device(args.device)
     if args.data not in ("pile", "demo"):
         if not pathlib.Path(args.data).exists():
             raise UserError(f"--data {args.data} does not exist; give pile, demo, or a path")
         if not pathlib.Path(args.data).is_dir() and not args.data.endswith(SUFFIXES):
             raise UserError(f"--data {args.data} is none of {', '.join(SUFFIXES)}, nor a folder of these")
-    for flag, name in (("model", args.model), ("d_model", args.d_model or "")):
-        if name.startswith((".", "/", "~")) and not pathlib.Path(name).is_dir():
-            raise UserError(f"--{flag} {name}: there is no such folder; give a folder, a hub id, or demo")
-    if args.out_dir and pathlib.Path(args.out_dir).is_file():
-        raise UserError(f"--out_dir {args.out_dir} is a file; name a folder")
-    if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():
-        raise UserError(f"--out_dir {args.out_dir} holds a run already; "
-                        f"go on with --resume {args.out_dir}, or name another folder")

@@ -171,11 +171,16 @@ def checkpoint_layers(model):
 def load_adapters(model, folder):
     """Read every adapter's weights back from a folder that `model.save_pretrained` wrote."""
     for name in model.peft_config:
-        weights = load_file(pathlib.Path(folder) / name / "adapter_model.safetensors")
-        if len(weights) != len(adapter_parameters(model, name)):
-            raise ValueError(f"adapter {name} has {len(weights)} tensors, the model "
-                             f"{len(adapter_parameters(model, name))}")
-        set_peft_model_state_dict(model, weights, adapter_name=name)
+        load_adapter(model, pathlib.Path(folder) / name, name)
+
+
+def load_adapter(model, folder, name):
+    """Read one adapter's weights from the folder of one that may have had another name."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    if len(weights) != len(adapter_parameters(model, name)):
+        raise ValueError(f"adapter {name} has {len(weights)} tensors, the model "
+                         f"{len(adapter_parameters(model, name))}")
+    set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def adapter_parameters(model, name):
@@ -186,6 +191,24 @@ def adapter_parameters(model, name):
 def without_adapters(model):
     """Context in which the model is its base. Never enter it between a forward and its backward."""
     return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def reference(model, name=None):
+    """Context in which the model is the KL's reference: its base, or the adapter of that name, which is never trained.
+
+    Never enter it between a forward and its backward: switching adapters loses the gradients, without an error.
+    """
+    if name is None:
+        with without_adapters(model):
+            yield
+        return
+    active = model.active_adapter
+    model.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
 
 
 def causal_lm(model):

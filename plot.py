@@ -31,7 +31,7 @@ PANELS = [  # title, metrics (the first is drawn solid, the second dashed), rang
     ("reward", ["reward", "baseline"], None),
     ("p_real: taken for real", ["p_real"], (0, 1)),
     ("discriminator's accuracy", ["d_acc_real", "d_acc_generated"], (0, 1)),
-    ("KL to the base, nats a token", ["kl", "kl_after_d"], (0, None)),
+    ("KL to the reference, nats a token", ["kl", "kl_after_d"], (0, None)),
     ("entropy, nats a token", ["entropy"], None),
     ("incoherence: 1 - coherence, less is better", ["coherence"], None),
     ("distinct_2: variety of bigrams", ["distinct_2"], (0, 1)),

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from data import clip, prompt_ids
-from model import FORBIDDEN, causal_lm, head_weights, hidden_states, pad, token_logps, without_adapters
+from model import FORBIDDEN, causal_lm, head_weights, hidden_states, pad, reference, token_logps
 from sampler import BUCKET, Growing, Sampler, Standing
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -230,9 +230,9 @@ def at_sampled(roll, rows, hidden):
 
 
 @torch.no_grad()
-def reference_hidden(model, roll, rows):
-    """The bare base model's states at the sampled tokens of some rows."""
-    with without_adapters(model):
+def reference_hidden(model, roll, rows, name=None):
+    """The states of the KL's reference, the base or a frozen adapter, at the sampled tokens of some rows."""
+    with reference(model, name):
         return at_sampled(roll, rows, hidden_states(model, roll.ids[rows], roll.shared))  # (N, H)
 
 

@@ -15,6 +15,7 @@ What differs from textbook REINFORCE and textbook GANs:
     python train.py                                         # the write-up's run 05: Qwen3-8B on the Pile, one GPU
     python train.py --quant nf4 --micro_batch 1             # the same on a card of 24 GB
     python train.py --data my.jsonl --model some/folder     # your texts, your model
+    python train.py --preset demo --init out/sft-1          # start from what sft.py fine-tuned
     python train.py --resume out/demo-1                     # go on where a run stopped
 """
 from argparse import BooleanOptionalAction as Switch, Namespace
@@ -42,6 +43,8 @@ add("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16", help="of weight
 add("--adapters", choices=["shared", "separate"], default="shared", help="one adapter for both players, or one each")
 add("--rank", type=int, default=64, help="of the rsLoRA adapters")
 add("--alpha", type=float, default=8.0, help="of the rsLoRA adapters; their scale is alpha / sqrt(rank)")
+add("--init", default=None, help="folder of a run or of sft.py to start the generator's adapter from (unset: fresh)")
+add("--init_ref", choices=["sft", "base"], default="sft", help="KL's reference under --init: that adapter, or the base")
 # data
 add("--data", default="pile", help="pile, demo, or a path: .jsonl[.gz|.zst], .parquet, .txt, a folder of these")
 add("--text_field", default="text", help="field or column that holds the text")
@@ -66,7 +69,7 @@ add("--g_reward", choices=["prob", "neglog", "azr"], default="prob",
     help="p_real, -log(1 - p_real), or 1 - d_value where that is above azr_t; times the length score")
 add("--azr_t", type=float, default=0.125, help="of --g_reward azr; a d_value up to this earns nothing")
 add("--d_scale", type=float, default=30.0, help="factor of the reward, against the KL")
-add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the base (0: no reference pass)")
+add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the reference (0: no such pass)")
 add("--ema_decay", type=float, default=0.9, help="of the baseline")
 add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
 add("--disc", choices=["head", "reason"], default="head", help="the discriminator: a linear head, or one that thinks")
@@ -112,8 +115,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import (Signals, claim, hold, json_lines, last_words, provenance, restore, save, sync, trace_resume,
-                        write_whole)
+from checkpoint import (Signals, claim, hold, json_lines, last_words, provenance, restore, save, start_from, sync,
+                        trace_resume, write_whole)
 from data import plain_encoder, prompt_ids, windows
 from discriminator import Head
 from evaluate import evaluate
@@ -142,7 +145,10 @@ featurizer(args.featurizer, model, tokenizer, "cpu")  # one that cannot be had f
 
 # players: two adapters on one model, one in both roles, or two models
 G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
-model = add_adapters(model, [G] if G == D or args.d_model else [G, D], args.rank, args.alpha)
+REF = ["reference"] if args.init and args.init_ref == "sft" and args.kl_coef else []  # a frozen copy; []: the base
+model = add_adapters(model, ([G] if G == D or args.d_model else [G, D]) + REF, args.rank, args.alpha)
+if args.init and not args.resume:
+    start_from(args.init, model, [G, *REF])
 d_model, d_tokenizer = model, tokenizer
 if args.d_model:
     d_model, d_tokenizer = load_model(args.d_model, args.quant, args.dtype, device, "--d_model")
@@ -313,7 +319,7 @@ for step in range(first_step, args.num_steps):
             advantage = torch.ones(B, device=device)  # (B,)
         parts, g_loss = [], 0.0
         for rows in micro_batches(range(B), args.micro_batch):
-            ref_hidden = reference_hidden(model, roll, rows) if args.kl_coef else None  # (N, H)
+            ref_hidden = reference_hidden(model, roll, rows, *REF) if args.kl_coef else None  # (N, H)
             stats = stats_of(roll, rows, ref_hidden=ref_hidden)  # (N,) each
             each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
             loss = policy_loss(stats.logp, stats.kl, each, args.kl_coef, B * (R + C))  # ()

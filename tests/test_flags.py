@@ -23,6 +23,7 @@ BAD = """
 --d_pool max            --d_warmup -1           --d_shuffle no          --sft 1                 --floor_sequences -1    --featurizer=
 --seeds 0               --seeds 1.5             --seed -1               --seed 99999999999999999999  --device gpu       --device cuda:x
 --out_dir=              --out_dir README.md     --save_every -1         --keep -1               --keep all              --max_bad_steps -1
+--init no/such/run      --init=                 --init tests            --init_ref adapter
 --resume no/such/run    --resume=               --g-lr 1                --stepz 3               --rnk 3                 --num_step 3            -g_lr 3
 --merge never           --grad_ckpt 2           --optim sgd             --optim=
 """.strip()

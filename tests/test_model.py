@@ -3,7 +3,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 import model as model_file
-from model import Wide, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, token_logps, without_adapters
+from model import (Wide, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, reference, token_logps,
+                   without_adapters)
 
 
 class Head:
@@ -134,6 +135,26 @@ def test_without_adapters_the_model_is_its_base(tiny, tiny_folder):
     with without_adapters(model):
         assert torch.equal(hidden_states(model, ids), hidden_states(base, ids))
     assert not torch.equal(hidden_states(model, ids), hidden_states(base, ids))
+
+
+def test_the_reference_is_another_adapter_or_the_base_and_costs_the_active_one_nothing(tiny):
+    model, _ = tiny
+    ids, params = torch.randint(0, 4000, (1, 9)), adapter_parameters(model, "generator")
+    model.set_adapter("discriminator")
+    other = hidden_states(model, ids).detach()
+    model.set_adapter("generator")
+    hidden_states(model, ids).sum().backward()
+    before, kept = hidden_states(model, ids).detach(), [p.grad.clone() for p in params]
+    with torch.no_grad(), reference(model, "discriminator"):
+        assert torch.equal(hidden_states(model, ids), other)
+    with torch.no_grad(), without_adapters(model):
+        bare = hidden_states(model, ids)
+    with torch.no_grad(), reference(model):
+        assert torch.equal(hidden_states(model, ids), bare)
+    assert not torch.equal(bare, other) and torch.equal(hidden_states(model, ids).detach(), before)
+    hidden_states(model, ids).sum().backward()  # a second micro-batch adds to the first one's gradient
+    assert all(torch.allclose(p.grad, 2 * g) for p, g in zip(params, kept)) and any(g.abs().sum() > 0 for g in kept)
+    assert all(p.grad is None for p in adapter_parameters(model, "discriminator"))
 
 
 @pytest.mark.parametrize("name", ["no/such-model-here", "/no/such/folder"])
