@@ -1,12 +1,13 @@
 """
-train.py with a fault built in from outside, so that the product needs no hooks for its tests:
+train.py or sft.py with a fault built in from outside, so that the product needs no hooks for its tests:
 
     python tests/faulty.py FAULT train.py's flags...
+    python tests/faulty.py sft.py:FAULT sft.py's flags...
 
 kill_before:N   kill -9 when the N-th checkpoint is written and not yet renamed
 kill_between:N  kill -9 between its two renames
-nan:A-B         the generator's loss of steps A to B is nan
-oom:PLACE:N     the N-th call in sampling, generator or discriminator runs out of memory
+nan:A-B         the generator's loss of steps A to B is nan; with sft.py the nats of passes A to B
+oom:PLACE:N     the N-th call in sampling, generator, discriminator or lessons (of sft.py) runs out of memory
 disk:N          from the N-th step on no file may grow beyond what rollouts.jsonl has, and 100 bytes
 full:N          the N-th checkpoint finds the disk full
 gradients:FILE  the first two gradients (generator's, discriminator's) are saved, and the run ends
@@ -22,12 +23,16 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 fault, *details = sys.argv[1].split(":")
-sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
+script = "train.py"
+if fault == "sft.py":
+    script, fault, *details = fault, *details
+sys.argv = [str(ROOT / script), *sys.argv[2:]]
 
 import torch
 
 import checkpoint
 import discriminator
+import lessons
 import reward
 import rollout
 
@@ -72,9 +77,13 @@ if fault in ("kill_before", "kill_between", "full"):
 elif fault == "nan":
     first, last = map(int, details[0].split("-"))
     for number in range(first + 1, last + 2):  # one call a step: the tests' runs have no micro-batches
-        at_call(reward, "policy_loss", number, lambda call, args: call() * float("nan"))
+        if script == "sft.py":
+            at_call(lessons, "taught_nats", number, lambda call, args: tuple(x * float("nan") for x in call()))
+        else:
+            at_call(reward, "policy_loss", number, lambda call, args: call() * float("nan"))
 elif fault == "oom":
-    place = dict(sampling=(rollout, "rollout"), generator=(reward, "policy_loss"), discriminator=(discriminator, "discriminator_loss"))
+    place = dict(sampling=(rollout, "rollout"), generator=(reward, "policy_loss"), discriminator=(discriminator, "discriminator_loss"),
+                 lessons=(lessons, "taught_nats"))
     at_call(*place[details[0]], int(details[1]), no_memory)
 elif fault == "disk":
     at_call(reward, "policy_loss", int(details[0]), small_files)
