@@ -263,7 +263,7 @@ class Signals:
 
     def leave(self, when, out_dir):
         """End the run, all whole steps of which were saved."""
-        print(f"stopped {when}; go on with: python train.py --resume {out_dir}")
+        print(f"stopped {when}; go on with: {again(out_dir)}")
         raise SystemExit(128 + self.stop)
 
     def note(self, number, frame):

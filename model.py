@@ -55,7 +55,7 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def memory_needs(players, num_trained, merged):
+def memory_needs(players, num_trained, merged=0):
     """What a run takes, roughly, in GiB by purpose; players: (model, tokens of a sequence, sequences sampled at once,
     sequences a pass of the update), in turn. Of two models both stay in memory, cache and activations of one at a time.
 
@@ -122,7 +122,7 @@ def load_model(name, quant, dtype, device, flag="--model"):
 
 
 class Wide(torch.nn.Linear):
-    """A layer of fp32 weights that takes inputs of 16 bits: cast for the product, kept for the gradient as they came."""
+    """A layer of fp32 weights that takes 16-bit inputs: cast for the product, kept for the gradient as they came."""
 
     def forward(self, x):
         return _WideProduct.apply(x, self.weight)  # (..., out)

@@ -240,7 +240,8 @@ def sampled_stats(model, roll, rows, rules, temperature, ref_hidden=None, hidden
     """TokenStats of the sampled tokens of some rows under the active adapter. hidden: its states, where known."""
     mask = roll.sampled[rows]  # (b, T)
     kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
-    hidden = at_sampled(roll, rows, hidden_states(model, roll.ids[rows], roll.shared) if hidden is None else hidden)  # (N, H)
+    hidden = hidden_states(model, roll.ids[rows], roll.shared) if hidden is None else hidden  # (b, T, H)
+    hidden = at_sampled(roll, rows, hidden)  # (N, H)
     targets = roll.ids[rows][mask]  # (N,)
     return token_logps(model, hidden, targets, rules.blocked, kind, ref_hidden, temperature or 1.0)  # (N,) each
 

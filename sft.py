@@ -14,6 +14,8 @@ What differs from textbook fine-tuning:
     python sft.py --resume out/sft-1                        # go on where it stopped
     python train.py --preset demo --init out/sft-1          # the next round
 """
+from argparse import Namespace
+
 from flags import Parser, UserError, check_values
 
 # -----------------------------------------------------------------------------
@@ -62,7 +64,8 @@ if parser.peek("--preset") == "demo":
     parser.set_defaults(**DEMO)
 args = parser.parse_args()
 if args.resume:
-    args = parser.resumed(args, MAY_CHANGE, DEMO, NEEDED)
+    run, changed = parser.going_on(args, MAY_CHANGE, NEEDED)
+    args = Namespace(**vars(args) | (DEMO if run["preset"] == "demo" else {}) | run | changed)
 check_values(args, "rank alpha completion_tokens batch_size epochs num_steps grad_clip".split())
 if not args.data:
     raise UserError("--data is missing; give the files that traces.py wrote")
@@ -77,8 +80,8 @@ import time
 
 import torch
 
-from checkpoint import (Signals, claim, hold, last_words, provenance, restore, save, start_from, trace_resume,
-                        write_whole)
+from checkpoint import (Signals, claim, hold, json_lines, last_words, provenance, restore, save, start_from,
+                        trace_resume, write_whole)
 from data import bos_ids, plain_encoder, prompt_ids
 from lessons import (NONE, PARTS, SLACK, batch_of, held_out_loss, plain_text, read_traces, split, taught_nats,
                      taught_trace)
@@ -160,16 +163,16 @@ whole = False  # whether the weights are those of a whole step, so that they can
 
 def checkpoint():
     """Save everything the loop changes."""
-    save(out_dir, model, modules, optimizers, state, [metrics])
+    save(out_dir, [model], modules, optimizers, state, [metrics])
 
 
 # from here on a lack of memory or of disk ends the run in one line
-needs = memory_needs(model, num_trained, most, 0, args.micro_batch or B)
+needs = memory_needs([(model, most, 0, args.micro_batch or B)], num_trained)
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint(),
                             "--batch_size, --reasoning_tokens or --completion_tokens")
 if args.resume:  # also cuts the file back to the checkpoint, so it comes before it is opened
     hold(out_dir)
-    state |= restore(out_dir, model, modules, optimizers)
+    state |= restore(out_dir, [model], modules, optimizers)
     trace_resume(out_dir, device)
 metrics = open(out_dir / "metrics.jsonl", "a", 1, encoding="utf-8")
 if not args.resume:
@@ -222,11 +225,6 @@ def update(lr):
     return norm
 
 
-def finite(row):
-    """A dict without nan and infinities, which JSON does not have: null in their place."""
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-
-
 # -----------------------------------------------------------------------------
 # the loop
 if exam and state["start"] is None:
@@ -248,7 +246,7 @@ while state["step"] < args.num_steps and not 0 < args.patience <= state["stale"]
     state["bad_steps"] = state["bad_steps"] + 1 if grad_norm is None else 0
     if 0 < args.max_bad_steps <= state["bad_steps"]:
         raise UserError(f"{state['bad_steps']} steps in a row (--max_bad_steps) had a gradient that is not finite; the "
-                        "checkpoint from before them stands; start anew with a lower --lr, or another --dtype", status=1)
+                        "checkpoint from before them stands; start anew with a lower --lr or another --dtype", status=1)
     due = args.eval_every and (step + 1) % args.eval_every == 0 or step + 1 == args.num_steps
     held = examine(step + 1) if exam and due else {}
 
@@ -259,7 +257,7 @@ while state["step"] < args.num_steps and not 0 < args.patience <= state["stale"]
         grad_norm=grad_norm, lr=lr, held=held.get("held"), **{f"held_{name}": held.get(name) for name in PARTS},
         num_tokens=num_tokens, skipped=int(grad_norm is None), seconds=time.time() - t0,
         tokens_per_second=num_tokens / (t1 - t0), memory_gb=memory_gb(device))
-    metrics.write(json.dumps(finite(row)) + "\n")
+    metrics.write(json_lines([row]))
     left = (time.time() - started) / (step - first_step + 1) * (args.num_steps - step - 1)
     told = " | ".join(f"{name} {value:.3f}" for name, value in {"loss": row["loss"], **loss}.items())
     told += f" | held {held['held']:.4f}{' (best)' * (not state['stale'])}" if held else ""
@@ -271,8 +269,7 @@ while state["step"] < args.num_steps and not 0 < args.patience <= state["stale"]
     if stopped or args.save_every and (step + 1) % args.save_every == 0 and not state["bad_steps"]:
         checkpoint()
     if stopped:
-        print(f"stopped after step {step}; go on with: python sft.py --resume {out_dir}")
-        raise SystemExit(128 + stopped)
+        signals.leave(f"after step {step}", out_dir)
 
 # -----------------------------------------------------------------------------
 # the best adapter is what stays

@@ -57,7 +57,7 @@ add("--temperature", type=float, default=1.0, help="of sampling, and so of the l
 # players
 add("--batch_size", type=int, default=4, help="sequences a step")
 add("--micro_batch", type=int, default=0, help="sequences a pass of the updates; same gradient, less memory (0: all)")
-add("--grad_ckpt", action=Switch, default=False, help="keep less for the backward passes, compute it again: half slower")
+add("--grad_ckpt", action=Switch, default=False, help="keep less for the backward pass, compute it again: slower")
 add("--num_steps", type=int, default=1600, help="steps of the run; the learning rates fall linearly to 0 over them")
 add("--g_lr", type=float, default=3e-5, help="generator's learning rate (0: it does not learn)")
 add("--d_lr", type=float, default=2e-4, help="discriminator's learning rate (0: it does not learn)")
@@ -159,7 +159,8 @@ for lm in models if args.grad_ckpt else []:
 samplers = [Sampler(lm, DTYPES[args.dtype], args.merge) for lm in (models if args.disc == "reason" else [model])]
 common = d_model, d_tokenizer, (args.prefix_tokens, C), args.micro_batch, args.d_loss_scale, args.d_shuffle
 judge = (Head(*common, args.d_pool, args.d_loss) if args.disc == "head" else
-         Reason(*common, samplers[-1], D, B, args.d_think_tokens, args.temperature, args.d_kl_coef, args.d_value_detach))
+         Reason(*common, samplers[-1], D, B, args.d_think_tokens, args.temperature, args.d_kl_coef,
+                args.d_value_detach))
 most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
 for name, lm, need in ((args.model, model, most), (args.d_model or args.model, d_model, judge.most)):
     if need > positions(lm):
