@@ -183,13 +183,13 @@ def made(folder):
     return True
 
 
-def hold(out_dir):
-    """Lock a run's folder until this process ends, however it ends; one that another process holds is refused."""
+def hold(out_dir, flag="--out_dir"):
+    """Lock a run's folder, or a file, until this process ends, however it ends; what another one holds is refused."""
     number = os.open(out_dir, os.O_RDONLY)  # stays open: closing it would let go
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{out_dir} is in use by another process; wait for it, or choose another --out_dir") from None
+        raise UserError(f"{out_dir} is in use by another process; wait for it, or choose another {flag}") from None
     except OSError:
         pass  # a file system without locks
 

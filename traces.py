@@ -1,0 +1,446 @@
+"""
+From rollouts to training data: for each real completion, the reasoning after which the model expects it most.
+
+    python traces.py out/demo-1 --out traces.jsonl       # its rollouts' thoughts, and 4 rationalisations a window
+    python traces.py out/demo-1 out/demo-2 --out traces.jsonl --samples 0     # of two runs, without these
+    python traces.py out/writeup-1 --out traces.jsonl --policy base --min_lift 0.02
+
+The same command goes on where one was stopped or killed. Beside traces.jsonl it leaves traces.report.json, and
+traces.candidates.jsonl with all that was scored: remove traces.jsonl alone to filter the same candidates anew.
+
+What differs from rationalisation in STaR (Zelikman et al. 2022, arXiv 2203.14465):
+1) No answer is right or wrong, so a trace is kept for its lift: log p(truth | prefix, trace) - log p(truth | prefix,
+   empty trace) in nats a token of the truth, under the generator's own prompt, at temperature 1; always above 0.
+2) Thoughts that rollouts had before they wrote something else compete with those made with the truth in sight.
+3) What gives the truth away word for word is dropped, see `longest_quote`.
+
+Letters: N tokens of truths, H hidden.
+"""
+import collections
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import statistics
+import unicodedata
+
+from evaluate import read_lines
+from flags import Parser, UserError, check_device, read_args
+
+# how the model is asked for the reasoning: the user's turn is the generator's, the truth stands before it
+RATIONALISE = """<|im_start|>system
+You write down what a writer thinks at the end of a prefix, just before going on with it.
+For this once you know the words that come next:
+<next>
+{truth}
+</next>
+Tell in a few sentences what can be seen in the prefix, what kind of text it is, and what is therefore likely to come,
+so that somebody who reads the prefix and these thoughts would expect just these words.
+Think as if you had not seen them: do not quote them, and do not mention that they are known. Write the thoughts alone.
+<|im_start|>user
+<prefix>
+{prefix}
+</prefix>
+<|im_start|>assistant
+<think>
+"""
+SAME = "model prefix_tokens reasoning_tokens completion_tokens echo_tokens".split()  # of runs that are used together
+LIMITS = "min_lift max_quote min_think max_think max_reuse".split()  # flags that only select
+FILTERS = "repeated length quote lift reuse beaten".split()  # why a candidate is dropped, in this order
+
+
+# -----------------------------------------------------------------------------
+# texts: which windows there are, and what a trace quotes of its truth
+
+def read_windows(folders, max_windows, seed):
+    """The windows of some runs, in the order in which they first occur, each with the thoughts that were had on it."""
+    found = {}
+    for folder in folders:
+        for source, name in (("rollout", "rollouts.jsonl"), ("floor", "floor.jsonl")):
+            for r in read_lines(pathlib.Path(folder) / name):
+                texts = [r.get(key) for key in ("prefix", "truth", "think")]
+                if not all(isinstance(text, str) for text in texts) or not all(texts[:2]):
+                    raise UserError(f"{folder}/{name}: a sequence without prefix, truth and think; the file is damaged")
+                think = r["think"].rstrip("\ufffd")  # a character cut in two
+                window = r["prefix"], r.get("sep", " "), r["truth"]
+                found.setdefault(window, []).append(dict(source=source, run=str(folder), think=think))
+    windows = [dict(prefix=prefix, sep=sep, truth=truth, thoughts=thoughts)
+               for (prefix, sep, truth), thoughts in found.items()]
+    if max_windows and max_windows < len(windows):
+        chosen = random.Random(f"windows {seed}").sample(range(len(windows)), max_windows)
+        windows = [windows[i] for i in sorted(chosen)]
+    return windows
+
+
+def words(text):
+    """A text but for its white space: two that agree in this are duplicates."""
+    return " ".join(text.split())
+
+
+def letters(text):
+    """A text without white space, case and typographic variants, as quotes are looked for."""
+    return "".join(unicodedata.normalize("NFKD", text).casefold().split())
+
+
+def longest_quote(encode, prefix, truth, think):
+    """The most consecutive tokens of the truth that stand in a trace, and not in the prefix, which it may quote.
+
+    The truth is cut into tokens as plain text. The trace may break the same words into other tokens, so a run of the
+    truth's tokens is quoted where its letters stand in the trace, whatever the case and the white space between them.
+    Tokens of white space alone do not count.
+    """
+    pieces, last = [], 0
+    for start, end in encode(truth)[1]:  # the tokens of one character share its span: it is counted once
+        pieces.append(letters(truth[max(start, last):end]))
+        last = max(last, end)
+    pieces = [piece for piece in pieces if piece]
+    said, known = letters(think), letters(prefix)
+    longest, end = 0, 0
+    for start in range(len(pieces)):  # end never falls: what follows the start of a quote is a quote
+        end = max(start, end)
+        while end < len(pieces) and "".join(pieces[start:end + 1]) in said:
+            end += 1
+        if end - start > longest and "".join(pieces[start:end]) not in known:
+            longest = end - start
+    return longest
+
+
+# -----------------------------------------------------------------------------
+# which traces are kept. A scored window: prefix, sep, truth, n_truth, logp_empty, repeated, candidates; a candidate:
+# source, run, think, n_think, quote, logp
+
+def lift(window, candidate):
+    return candidate["logp"] - window["logp_empty"]
+
+
+def fault(window, candidate, limits):
+    """The filter that a candidate does not pass, or None."""
+    n, most = candidate["n_think"], limits["max_think"]
+    if n < limits["min_think"] or most and n > most:
+        return "length"
+    if limits["max_quote"] and candidate["quote"] > limits["max_quote"]:
+        return "quote"
+    return None if lift(window, candidate) > limits["min_lift"] else "lift"  # this way round nan is dropped as well
+
+
+def select(scored, limits):
+    """(traces, number of candidates dropped by each filter): of each window the candidate with the most lift.
+
+    One text serves at most max_reuse windows, those in which it has the most lift; others take their next best.
+    """
+    dropped = dict.fromkeys(FILTERS, 0) | {"repeated": sum(window["repeated"] for window in scored)}
+    passed, best, uses = [], {}, collections.Counter()
+    for number, window in enumerate(scored):
+        for candidate in window["candidates"]:
+            why = fault(window, candidate, limits)
+            if why:
+                dropped[why] += 1
+            else:
+                passed.append((lift(window, candidate), number, candidate))
+    for _, number, candidate in sorted(passed, key=lambda row: -row[0]):
+        text = words(candidate["think"])
+        if number in best:
+            dropped["beaten"] += 1
+        elif limits["max_reuse"] and uses[text] >= limits["max_reuse"]:
+            dropped["reuse"] += 1
+        else:
+            best[number] = candidate
+            uses[text] += 1
+    return [trace(scored[number], best[number]) for number in sorted(best)], dropped
+
+
+def trace(window, candidate):
+    """One line of traces.jsonl."""
+    row = window | candidate | {"lift": lift(window, candidate)}
+    return {key: row[key] for key in
+            "prefix sep truth think source lift logp logp_empty n_think n_truth run".split()}
+
+
+def spread(lifts):
+    """Mean, quantiles and share above 0 of some lifts."""
+    ranked = sorted(lifts)
+    quantiles = {f"p{q}": ranked[min(len(ranked) * q // 100, len(ranked) - 1)] for q in (10, 25, 75, 90)}
+    return dict(number=len(lifts), mean=statistics.fmean(lifts), median=statistics.median(lifts), **quantiles,
+                positive=sum(x > 0 for x in lifts) / len(lifts))
+
+
+def report(scored, traces, dropped):
+    """How many candidates from which source, their lift before and after the filters, and what each filter took."""
+    before, after = {"all": []}, {"all": []}
+    rows = [(before, candidate["source"], lift(window, candidate)) for window in scored
+            for candidate in window["candidates"]]
+    for lifts, source, value in rows + [(after, kept["source"], kept["lift"]) for kept in traces]:
+        lifts["all"].append(value)
+        lifts.setdefault(source, []).append(value)
+    told = {name: {source: spread(values) for source, values in lifts.items() if values}
+            for name, lifts in (("before", before), ("after", after))}
+    return dict(num_windows=len(scored), num_candidates=len(rows) + dropped["repeated"], num_traces=len(traces),
+                dropped=dropped, lift=told)
+
+
+def print_report(out, told):
+    rows = [(f"{name}, {source}", row) for name, rows in told["lift"].items() for source, row in rows.items()]
+    numbers = [told[f"num_{what}"] for what in ("traces", "windows", "candidates")]
+    print("\n{}: {} traces for {} windows, of {} candidates".format(out, *numbers))
+    print("  dropped: " + ", ".join(f"{name} {count}" for name, count in told["dropped"].items()))
+    print(f"  {'lift, nats a token':22s}" + "".join(f"{column:>9s}" for column in rows[0][1] if rows))
+    for label, row in rows:
+        print(f"  {label:22s}" + "".join(f"{x:9d}" if isinstance(x, int) else f"{x:9.3f}" for x in row.values()))
+
+
+# -----------------------------------------------------------------------------
+# what the model makes of them
+
+def rationale_ids(tokenizer, encode, prefix, truth):
+    """Ids of the prompt that asks for the reasoning; neither text can open or end a turn."""
+    from data import bos_ids
+    texts = {"{prefix}": prefix, "{truth}": truth}
+    parts = [encode(texts[part])[0] if part in texts else tokenizer(part, add_special_tokens=False).input_ids
+             for part in re.split(r"(\{prefix\}|\{truth\})", RATIONALISE)]
+    return sum(parts, bos_ids(tokenizer))
+
+
+def rationalise(model, tokenizer, encode, rule, batch, where, reasoning_tokens, temperature, generator):
+    """One thought, a text, for each window of a batch: its thinking, or its reply after an empty one."""
+    from rollout import rollout
+    prompts = [rationale_ids(tokenizer, encode, window["prefix"], window["truth"]) for window in batch]
+    budgets = (reasoning_tokens, 1) if where == "think" else (0, reasoning_tokens)
+    roll = rollout(model, prompts, rule, *budgets, temperature, generator)
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+             for ids in (roll.think if where == "think" else roll.reply)]
+    return texts if where == "think" else [text.strip() for text in texts]
+
+
+def mean_logps(model, rule, prompts, thinks, truths):
+    """log p(truth | prompt, think) in nats a token of the truth: a list of B, for B lists of ids each."""
+    import torch
+
+    from model import hidden_states, token_logps
+    from rollout import COMPLETION, Rollout, taught
+    rows = taught(Rollout(**dict.fromkeys(Rollout._fields) | {"think": thinks}), prompts, truths, rule)
+    with torch.no_grad():
+        hidden = hidden_states(model, rows.ids)[:, :-1][rows.sampled[:, 1:]]  # (N, H)
+        targets = rows.ids[rows.sampled]  # (N,)
+        logp = token_logps(model, hidden, targets, rule.blocked, torch.full_like(targets, COMPLETION)).logp  # (N,)
+    return [part.double().mean().item() for part in logp.split([len(truth) for truth in truths])]
+
+
+def score(model, tokenizer, encode, rule, batch, completion_tokens):
+    """Scored windows from windows with thoughts: those that repeat an earlier one are left out, the rest scored."""
+    from data import prompt_ids
+    rows, scored = [], []
+    for window in batch:
+        texts = {words(thought["think"]): thought for thought in reversed(window["thoughts"])}  # the first of its words
+        candidates = [thought for thought in window["thoughts"] if texts[words(thought["think"])] is thought]
+        prompt, truth = prompt_ids(tokenizer, encode, window["prefix"]), encode(window["truth"])[0][:completion_tokens]
+        rows.append((prompt, [], truth))
+        for candidate in candidates:
+            think = encode(candidate["think"])[0]
+            rows.append((prompt, think, truth))
+            candidate["n_think"] = len(think) if candidate["think"].strip() else 0
+            candidate["quote"] = longest_quote(encode, window["prefix"], window["truth"], candidate["think"])
+        scored.append({key: window[key] for key in ("prefix", "sep", "truth")} | dict(
+            n_truth=len(truth), repeated=len(window["thoughts"]) - len(candidates), candidates=candidates))
+    parts = [rows[first:first + len(batch)] for first in range(0, len(rows), len(batch))]
+    logps = iter([logp for part in parts for logp in mean_logps(model, rule, *zip(*part))])
+    for window in scored:
+        window["logp_empty"] = next(logps)
+        for candidate in window["candidates"]:
+            candidate["logp"] = next(logps)
+    return scored
+
+
+def player(run):
+    """The name of the generator's adapter."""
+    return "shared" if run["adapters"] == "shared" else "generator"
+
+
+def policy_model(folder, run, policy, device, reasoning_tokens):
+    """What samples and scores, and its tokenizer: the base with a run's generator, or the bare base."""
+    from safetensors import SafetensorError
+
+    from data import plain_encoder
+    from model import add_adapters, causal_lm, checked_device, load_adapters, load_model
+    model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], checked_device(device))
+    num_prompt = len(rationale_ids(tokenizer, plain_encoder(tokenizer), "", ""))
+    most = num_prompt + run["prefix_tokens"] + 2 * run["completion_tokens"] + reasoning_tokens
+    room = getattr(causal_lm(model).config, "max_position_embeddings", most)
+    if most > room:
+        raise UserError(f"--model {run['model']} has {room} positions, and to be shown prefix and truth and to think "
+                        f"takes it up to {most}; lower --reasoning_tokens")
+    if policy == "run":
+        model = add_adapters(model, [player(run)], run["rank"], run["alpha"])
+        try:
+            load_adapters(model, pathlib.Path(folder, "ckpt"))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{folder}/ckpt cannot be used ({reason}); try --policy base") from None
+    return model, tokenizer
+
+
+# -----------------------------------------------------------------------------
+# files: traces.candidates.jsonl, a line of settings and a line a window, grows by a batch at a time
+
+def refuse_other(path, settings, before):
+    """Refuse to go on with a file that was made with other settings."""
+    other = ", ".join(f"--{key} {before.get(key)}" for key in settings if before.get(key) != settings[key])
+    if other:
+        what = "the runs have changed since" if other.startswith("--inputs") else f"it has {other}"
+        raise UserError(f"{path} was made otherwise ({what}); do as then, remove it, or name another --out")
+
+
+def scored_before(path, settings, total, size):
+    """The windows that a candidates file holds: whole batches of them; what a kill left behind these is cut off."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        records = [dict(json.loads(line)) for line in lines] or [{"settings": settings}]
+        before = dict(records[0]["settings"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or none of traces.py; remove it, or name another --out") from None
+    done = len(records) - 1 if len(records) > total else (len(records) - 1) // size * size
+    if done == 0:  # nothing is lost
+        path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        return []
+    refuse_other(path, settings, before)
+    os.truncate(path, sum(len(line) + 1 for line in lines[:done + 1]))
+    return records[1:done + 1]
+
+
+def score_all(args, run, windows, path, settings):
+    """All windows, scored; those that the candidates file lacks are added to it, a batch at a time."""
+    from checkpoint import Signals, hold
+    load = args.runs[0], run, args.policy, args.device, max(args.reasoning_tokens, run["reasoning_tokens"])
+    loaded = None if path.exists() else policy_model(*load)  # what cannot be loaded leaves no file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    hold(path, "--out")
+    scored, B = scored_before(path, settings, len(windows), args.batch_size), args.batch_size
+    if len(scored) == len(windows):
+        return scored
+    import torch
+    from tqdm import tqdm
+
+    from data import plain_encoder
+    from model import causal_lm
+    from rollout import rules
+    model, tokenizer = loaded or policy_model(*load)
+    encode, rule, device = plain_encoder(tokenizer), rules(tokenizer, model), causal_lm(model).device
+    how, signals = (args.rationale, args.reasoning_tokens, args.temperature), Signals()
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(windows), initial=len(scored), unit="window") as bar:
+        for first in range(len(scored), len(windows), B):
+            batch = windows[first:first + B]
+            for n in range(args.samples):  # keyed by window, so that it does not matter where it stopped
+                key = hashlib.blake2b(repr((args.seed, "rationalise", first, n)).encode(), digest_size=7).digest()
+                generator = torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
+                thoughts = rationalise(model, tokenizer, encode, rule, batch, *how, generator)
+                for window, think in zip(batch, thoughts):
+                    window["thoughts"].append(dict(source="rationalise", run=args.runs[0], think=think))
+            scored += score(model, tokenizer, encode, rule, batch, run["completion_tokens"])
+            file.write("".join(json.dumps(window, ensure_ascii=False) + "\n" for window in scored[first:]))
+            file.flush()
+            bar.update(len(batch))
+            if signals.stop:
+                print(f"stopped after {len(scored)} of {len(windows)} windows; the same command goes on")
+                raise SystemExit(128 + signals.stop)
+    signals.default()
+    return scored
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+def read_flags():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", help="folders of runs, out/NAME; of several, the first one's generator is used")
+    add("--out", required=True, help="file of the traces, .jsonl")
+    add("--samples", type=int, default=4, help="rationalisations a window (0: the rollouts' thoughts alone)")
+    add("--rationale", choices=["think", "reply"], default=None, help="where they are read from: the thinking, or the "
+        "reply after an empty one, for a model that thinks about its task (unset: reply; of the demo, think)")
+    add("--policy", choices=["run", "base"], default="run", help="what samples and scores: the base with the "
+        "run's generator, or the bare base")
+    add("--reasoning_tokens", type=int, default=None, help="most tokens of a rationalisation (unset: the run's)")
+    add("--temperature", type=float, default=1.0, help="of rationalisations; the lift is always taken at 1 (0: greedy)")
+    add("--max_windows", type=int, default=0, help="windows to use, drawn at random (0: all)")
+    add("--batch_size", type=int, default=32, help="windows a batch, and sequences a pass")
+    add("--seed", type=int, default=0, help="of rationalisations, and of the choice of windows")
+    add("--device", default=None, help="cuda, cpu, ... (unset: the run's)")
+    # filters
+    add("--min_lift", type=float, default=0.0, help="nats a token of the truth that a trace must exceed")
+    add("--max_quote", type=int, default=8, help="most consecutive tokens of the truth that a trace may hold (0: any)")
+    add("--min_think", type=int, default=1, help="fewest tokens of a trace")
+    add("--max_think", type=int, default=None, help="most tokens of a trace (unset: --reasoning_tokens; 0: any)")
+    add("--max_reuse", type=int, default=2, help="most windows that one and the same text may serve (0: any)")
+    return parser.parse_args()
+
+
+def check(args):
+    """Refuse flags out of range and runs that do not belong together, fill in what is unset, return the first run."""
+    least = dict(samples=0, reasoning_tokens=1, temperature=0, max_windows=0, batch_size=1, seed=0, min_lift=0,
+                 max_quote=0, min_think=1, max_think=0, max_reuse=0)
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2 ** 63:
+            raise UserError(f"--{name} {value}: must be a finite number, {low} or more")
+    if not args.out.endswith(".jsonl"):
+        raise UserError(f"--out {args.out}: must end in .jsonl")
+    runs = [read_args(folder, [*SAME, "preset", "quant", "dtype", "adapters", "rank", "alpha", "device"])
+            for folder in args.runs]
+    for folder, run in zip(args.runs[1:], runs[1:]):
+        for key in SAME:
+            if run[key] != runs[0][key]:
+                raise UserError(f"{folder} has --{key} {run[key]} and {args.runs[0]} {runs[0][key]}; use them apart")
+    if args.rationale is None:
+        args.rationale = "think" if runs[0]["preset"] == "demo" else "reply"  # the demo's base knows no instructions
+    args.reasoning_tokens = args.reasoning_tokens or runs[0]["reasoning_tokens"]
+    args.max_think = args.reasoning_tokens if args.max_think is None else args.max_think
+    args.device = args.device or runs[0]["device"]
+    check_device(args.device)
+    return runs[0]
+
+
+def main():
+    args = read_flags()
+    run, out = check(args), pathlib.Path(args.out)
+    path, report_file = out.with_suffix(".candidates.jsonl"), out.with_suffix(".report.json")
+    windows = read_windows(args.runs, args.max_windows, args.seed)
+    if not windows:
+        raise UserError(f"{' '.join(args.runs)}: no rollouts in it yet; train it first")
+    digest = hashlib.blake2b(json.dumps(windows).encode(), digest_size=8)
+    adapter = pathlib.Path(args.runs[0], "ckpt", player(run), "adapter_model.safetensors")
+    if args.policy == "run":
+        if not adapter.exists():
+            raise UserError(f"--policy run: {args.runs[0]} has no checkpoint of its generator; use --policy base")
+        digest.update(adapter.read_bytes())
+    names = "runs samples rationale policy reasoning_tokens temperature max_windows batch_size seed".split()
+    settings = {name: getattr(args, name) for name in names} | {"inputs": digest.hexdigest()}
+    limits = {name: getattr(args, name) for name in LIMITS}
+    if out.exists():
+        try:
+            before = dict(json.loads(report_file.read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--out {out} is there already, and no report beside it; name another file") from None
+        refuse_other(out, settings | limits, before)
+
+    try:
+        scored = score_all(args, run, windows, path, settings)
+        traces, dropped = select(scored, limits)
+        told = report(scored, traces, dropped) | {"settings": settings | limits}
+        from checkpoint import write_whole
+        write_whole(report_file, json.dumps(told, indent=2) + "\n")
+        write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in traces))
+    except (OSError, RuntimeError, MemoryError) as error:  # torch tells of a lack of memory by a RuntimeError
+        from checkpoint import first_line, shortage
+        if shortage(error) == "memory":
+            raise UserError(f"out of memory ({first_line(error)}); lower --batch_size, name another --out", 1) from None
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"--out {out} could not be written: {error}; the same command goes on") from None
+    print_report(out, told)
+
+
+if __name__ == "__main__":
+    main()
