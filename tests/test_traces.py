@@ -14,7 +14,7 @@ import torch
 import traces
 from conftest import ROOT
 from data import plain_encoder, prompt_ids
-from model import causal_lm
+from model import adapter_parameters, add_adapters, causal_lm, load_model
 from rollout import Rules, rules
 from test_scripts import lines, run
 
@@ -149,10 +149,10 @@ def test_the_spread_of_lifts_equals_the_one_by_hand():
 # -----------------------------------------------------------------------------
 # the script
 
-def a_run(folder, model, tiny, **flags):
+def a_run(folder, tiny_folder):
     """A run's folder with what traces.py reads of it: flags, sequences, a generator."""
-    args = dict(preset="demo", model=model, quant="none", dtype="fp32", adapters="separate", rank=4, alpha=2.0, prefix_tokens=16, reasoning_tokens=6,
-                completion_tokens=12, echo_tokens=4, device="cpu", **flags)
+    args = dict(preset="demo", model=tiny_folder, quant="none", dtype="fp32", adapters="separate", rank=4, alpha=2.0, prefix_tokens=16, reasoning_tokens=6,
+                completion_tokens=12, echo_tokens=4, device="cpu")
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps({"args": args}))
     rows = [dict(prefix=f"def function_{i}(x):\n    {HOSTILE if i % 5 == 0 else 'return'}", sep="\n", truth=f"the {i} times \u00e9 {HOSTILE if i % 3 == 0 else 'x'}",
@@ -160,23 +160,29 @@ def a_run(folder, model, tiny, **flags):
     rows += [rows[0] | {"think": "number  0, times\n"}, rows[1] | {"think": "another"}]
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"prefix": "torn')
     (folder / "floor.jsonl").write_text("".join(json.dumps(row | {"think": "as the base thinks"}) + "\n" for row in rows[20:24]))
-    tiny[0].save_pretrained(folder / "ckpt")
+    torch.manual_seed(1)
+    model = add_adapters(load_model(tiny_folder, "none", "fp32", "cpu")[0], ["generator", "discriminator"], 4, 2.0)
+    for p in adapter_parameters(model, "generator"):
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(folder / "ckpt")
     return folder
 
 
 FLAGS = "--samples 2 --batch_size 2 --max_think 8".split()
 
 
-@pytest.fixture
-def made(tmp_path, tiny, tiny_folder):
-    return a_run(tmp_path / "one", tiny_folder, tiny)
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory):
+    return a_run(tmp_path_factory.mktemp("runs") / "one", tiny_folder)
 
 
-@pytest.fixture
-def finished(made, tmp_path):
-    told = run(made, "--out", tmp_path / "whole.jsonl", *FLAGS, script="traces.py")
+@pytest.fixture(scope="module")
+def finished(made):
+    """A run, the traces made from it, and what was printed."""
+    out = made.with_name("whole.jsonl")
+    told = run(made, "--out", out, *FLAGS, script="traces.py")
     assert told.returncode == 0, told.stderr
-    return made, tmp_path / "whole.jsonl", told.stdout
+    return made, out, told.stdout
 
 
 def test_traces_hold_what_is_promised_and_the_candidates_can_be_filtered_anew(finished, tmp_path):
@@ -188,6 +194,9 @@ def test_traces_hold_what_is_promised_and_the_candidates_can_be_filtered_anew(fi
     assert report["dropped"]["repeated"] >= 1 and report["lift"]["after"]["all"]["positive"] == 1 > report["lift"]["before"]["all"]["positive"]
     assert report["lift"]["before"]["rollout"]["number"] == 31 and f"{len(rows)} traces for 30 windows" in told
     # other filters: refused while traces.jsonl stands, then the same candidates give it without a model
+    for file in out.parent.glob("whole.*"):
+        shutil.copy(file, tmp_path)
+    out = tmp_path / out.name
     again = run(folder, "--out", out, *FLAGS, "--min_lift", 0.05, script="traces.py")
     assert again.returncode == 2 and "--min_lift 0.0" in again.stderr and again.stderr.count("\n") == 1
     out.unlink()
@@ -221,9 +230,9 @@ def test_a_killed_command_goes_on_to_the_same_file(finished, tmp_path):
         assert out.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
 
 
-def test_the_bare_base_scores_otherwise_and_several_runs_give_their_thoughts(finished, tmp_path, tiny, tiny_folder):
+def test_the_bare_base_scores_otherwise_and_several_runs_give_their_thoughts(finished, tmp_path, tiny_folder):
     folder, whole, _ = finished
-    other = a_run(tmp_path / "two", tiny_folder, tiny)
+    other = a_run(tmp_path / "two", tiny_folder)
     (other / "rollouts.jsonl").write_text((other / "rollouts.jsonl").read_text().replace("number", "figure"))
     told = run(folder, other, "--out", tmp_path / "both.jsonl", "--samples", 0, "--policy", "base", "--max_windows", 10, script="traces.py")
     assert told.returncode == 0, told.stderr
