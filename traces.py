@@ -19,7 +19,6 @@ Letters: N tokens of truths, H hidden.
 import collections
 import hashlib
 import json
-import math
 import os
 import pathlib
 import random
@@ -221,8 +220,9 @@ def mean_logps(model, rule, prompts, thinks, truths):
     from model import hidden_states, token_logps
     from rollout import COMPLETION, Rollout, taught
     rows = taught(Rollout(**dict.fromkeys(Rollout._fields) | {"think": thinks}), prompts, truths, rule)
+    shared = len(os.path.commonprefix([*prompts]))
     with torch.no_grad():
-        hidden = hidden_states(model, rows.ids)[:, :-1][rows.sampled[:, 1:]]  # (N, H)
+        hidden = hidden_states(model, rows.ids, shared)[:, :-1][rows.sampled[:, 1:]]  # (N, H)
         targets = rows.ids[rows.sampled]  # (N,)
         logp = token_logps(model, hidden, targets, rule.blocked, torch.full_like(targets, COMPLETION)).logp  # (N,)
     return [part.double().mean().item() for part in logp.split([len(truth) for truth in truths])]
@@ -324,18 +324,22 @@ def score_all(args, run, windows, path, settings):
     from tqdm import tqdm
 
     from data import plain_encoder
-    from model import causal_lm
+    from model import DTYPES, causal_lm
     from rollout import rules
+    from sampler import Sampler
     model, tokenizer = loaded or policy_model(*load)
     encode, rule, device = plain_encoder(tokenizer), rules(tokenizer, model), causal_lm(model).device
     how, signals = (args.rationale, args.reasoning_tokens, args.temperature), Signals()
+    sampler = Sampler(model, DTYPES[run["dtype"]]) if args.samples else None
+    if sampler:
+        sampler.follow(player(run) if args.policy == "run" else None)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(windows), initial=len(scored), unit="window") as bar:
         for first in range(len(scored), len(windows), B):
             batch = windows[first:first + B]
             for n in range(args.samples):  # keyed by window, so that it does not matter where it stopped
                 key = hashlib.blake2b(repr((args.seed, "rationalise", first, n)).encode(), digest_size=7).digest()
                 generator = torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
-                thoughts = rationalise(model, tokenizer, encode, rule, batch, *how, generator)
+                thoughts = rationalise(sampler, tokenizer, encode, rule, batch, *how, generator)
                 for window, think in zip(batch, thoughts):
                     window["thoughts"].append(dict(source="rationalise", run=args.runs[0], think=think))
             scored += score(model, tokenizer, encode, rule, batch, run["completion_tokens"])
