@@ -95,7 +95,8 @@ from model import DTYPES, add_adapters, checked_device, load_model
 from plot import COLOURS, figure, save
 from rivals import HAS_FUSED, HAS_TRL, compare_logps, compare_steps
 from rollout import rollout
-from workload import SHAPES, Players, Work, build, bytes_a_step, endless, prompts_of, qwen3, sampler_of, twin, update
+from sampler import Sampler
+from workload import SHAPES, Players, Work, build, bytes_a_step, endless, prompts_of, qwen3, twin, update
 
 
 # -----------------------------------------------------------------------------
@@ -105,11 +106,13 @@ def decode(base, work, rank, alpha, repeats, device):
     """A rollout against generate(), with the same adapters, and against the floor."""
     vocab, tokens = base.get_output_embeddings().weight.shape[0], work.R + work.C
     model = add_adapters(twin(base), ["generator"], rank, alpha)
-    sampler, rule, prompts = sampler_of(model), endless(vocab, device), prompts_of(work, vocab)
+    sampler = Sampler(model, base.get_output_embeddings().weight.dtype)
+    rule, prompts = endless(vocab, device), prompts_of(work, vocab)
     ids = torch.tensor(prompts, device=device)  # (B, P)
     random, drawn = torch.Generator(device).manual_seed(0), {}
 
     def ours():
+        sampler.follow("generator")
         roll = rollout(sampler, prompts, rule, work.R, work.C, 1.0, random)
         drawn["rollout"] = roll.sampled.sum().item()
 

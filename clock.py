@@ -88,7 +88,7 @@ def peak_of(call, device):
     return peak.gib
 
 
-def copy_speed(device, size=1 << 28):
+def copy_speed(device, size=1 << 27):
     """Bytes a second that a copy of `size` floats reads and writes."""
     source = torch.ones(size, device=device)  # (size,)
     target = torch.zeros_like(source)  # (size,)

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from discriminator import Discriminator, discriminator_loss
-from model import DTYPES, adapter_parameters, add_adapters, hidden_states, pad, token_logps, without_adapters
-from reward import REAL, advantages, generator_reward, policy_loss
-from rollout import COMPLETION, THINKING, Rules, rollout
+from model import DTYPES, adapter_parameters, add_adapters, hidden_states, micro_batches, pad
+from reward import REAL, advantages, policy_loss
+from rollout import Rules, reference_hidden, rollout, sampled_stats
+from sampler import Sampler
 
 KL_COEF, GRAD_CLIP, LR = 0.05, 1.0, 1e-5
 
@@ -122,11 +123,6 @@ def numbers(vocab):
 # -----------------------------------------------------------------------------
 # one training step, as train.py's loop does it
 
-def sampler_of(model):
-    """What `rollout` is given as its model: the one line in which a faster sampler is made."""
-    return model
-
-
 class Players:
     """Generator G and discriminator D on one model, one adapter if they are one, with all that a step needs."""
 
@@ -134,7 +130,7 @@ class Players:
         self.G, self.D, self.work, self.device = G, D, work, device
         self.vocab = vocab = base.get_output_embeddings().weight.shape[0]
         self.model = add_adapters(twin(base), sorted({G, D}, reverse=True), rank, alpha)
-        self.sampler = sampler_of(self.model)
+        self.sampler = Sampler(self.model, base.get_output_embeddings().weight.dtype)
         self.head = Discriminator(base.config.hidden_size, "last").to(device)
         self.g_optimizer = torch.optim.Adam(adapter_parameters(self.model, G), lr=LR)
         d_params = adapter_parameters(self.model, D) + list(self.head.parameters())
@@ -153,14 +149,10 @@ class Players:
 
     def sample(self):
         """A rollout, its replies also as text, as the loop and TRL have them."""
-        self.model.set_adapter(self.G)
+        self.sampler.follow(self.G)
         roll = rollout(self.sampler, self.prompts, self.rule, self.work.R, self.work.C, 1.0, self.random)
         self.tokenizer.batch_decode(roll.reply)
         return roll
-
-    def micro_batches(self):
-        size = self.work.micro_batch or self.work.B
-        return [list(range(self.work.B))[first:first + size] for first in range(0, self.work.B, size)]
 
     def judge(self, rows, *answers):
         """The discriminator's logits for answers (B lists of ids each) of some rows: (b, 2), one kind after the other.
@@ -173,20 +165,14 @@ class Players:
         ids, mask = pad(texts, 0, self.device), pad(masks, 0, self.device, torch.bool)  # (b, T) each
         return self.head(hidden_states(self.model, ids), mask)  # (b, 2)
 
-    def sampled_hidden(self, roll, rows):
-        return hidden_states(self.model, roll.ids[rows])[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
-
-    def sampled_stats(self, roll, rows, ref_hidden):
-        mask = roll.sampled[rows]  # (b, T)
-        kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
-        hidden, targets = self.sampled_hidden(roll, rows), roll.ids[rows][mask]  # (N, H), (N,)
-        return token_logps(self.model, hidden, targets, self.rule.blocked, kind, ref_hidden)  # (N,) each
+    def stats(self, roll, rows, ref_hidden):
+        return sampled_stats(self.model, roll, rows, self.rule, 1.0, ref_hidden)  # (N,) each
 
     def kl_now(self, roll, parts):
         """The loop logs it after both steps where the adapter is shared."""
         self.model.set_adapter(self.G)
         with torch.no_grad():
-            return torch.cat([self.sampled_stats(roll, *part).kl for part in parts]).mean().item()
+            return torch.cat([self.stats(roll, *part).kl for part in parts]).mean().item()
 
 
 def step_of(optimizer):
@@ -201,11 +187,10 @@ def generator_step(players, roll, reward, clock):
     """REINFORCE and the KL to the base. Returns rows and reference states of each micro-batch."""
     work, parts, advantage = players.work, [], advantages(reward, 0.5)  # (B,)
     players.model.set_adapter(players.G)
-    for rows in players.micro_batches():
-        with torch.no_grad(), without_adapters(players.model):
-            ref_hidden = players.sampled_hidden(roll, rows)  # (N, H)
+    for rows in micro_batches(range(players.work.B), players.work.micro_batch):
+        ref_hidden = reference_hidden(players.model, roll, rows)  # (N, H)
         clock("reference")
-        stats = players.sampled_stats(roll, rows, ref_hidden)  # (N,) each
+        stats = players.stats(roll, rows, ref_hidden)  # (N,) each
         each = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
         policy_loss(stats.logp, stats.kl, each, KL_COEF, work.B * (work.R + work.C)).backward()  # ()
         parts.append((rows, ref_hidden))
@@ -220,15 +205,15 @@ def update(players, roll, clock):
     model, B, shared = players.model, players.work.B, players.G == players.D
     model.set_adapter(players.D)
     with torch.no_grad():
-        logits = torch.cat([players.judge(rows, roll.reply) for rows in players.micro_batches()])  # (B, 2)
-    reward = generator_reward(logits, torch.ones(B, device=players.device), "prob", 30.0)  # (B,)
+        logits = torch.cat([players.judge(rows, roll.reply) for rows in micro_batches(range(players.work.B), players.work.micro_batch)])  # (B, 2)
+    reward = 30.0 * logits.softmax(-1)[:, REAL]  # (B,)
     clock("discriminator")
     parts = generator_step(players, roll, reward, clock)
     if shared:
         players.kl_now(roll, parts)
         clock("kl for the log")
     model.set_adapter(players.D)
-    for rows in players.micro_batches():
+    for rows in micro_batches(range(players.work.B), players.work.micro_batch):
         labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=players.device)  # (2b,)
         verdicts = players.judge(rows, players.truths, roll.reply)  # (2b, 2)
         (discriminator_loss(verdicts, labels, "ce") * len(rows) / B).backward()  # ()
