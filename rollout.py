@@ -1,5 +1,5 @@
 """
-Sampling: think for a bounded number of tokens, close the thinking, write the completion; one KV cache from end to end.
+Sampling: think for a bounded number of tokens, close the thinking, write the completion; and the learner's view of it.
 
 What differs from the textbook:
 1. One token loop for the whole batch: each row is a small state machine (thinking, forced, completion, done), kept in

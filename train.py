@@ -7,7 +7,7 @@ generator for being taken for real (and for the right length), step the generato
 What differs from textbook REINFORCE and textbook GANs:
 1) The generator thinks first, within a budget; thinking and completion are trained by the same reward.
 2) No ratio, no clipping: one update a batch, exactly on the policy that sampled it, so the ratio is 1.
-3) The KL to the base model is exact over the vocabulary at every sampled position, in the loss, not in the reward.
+3) The KL to the reference is exact over the vocabulary at every sampled position, in the loss, not in the reward.
 4) The baseline is a moving average of batch rewards, its value from before the batch.
 5) Real and generated text reach the discriminator tokenised alike and cut to the same number of tokens.
 
@@ -237,7 +237,7 @@ def record(step, window, roll, i, completion, n, reward=None, p_real=None):
 
 
 def kl_now(roll, parts):
-    """Mean KL to the base on sequences that were sampled before a step, after it."""
+    """Mean KL to the reference on sequences that were sampled before a step, after it."""
     model.set_adapter(G)
     with torch.no_grad():
         kl = [stats_of(roll, rows, ref_hidden=ref_hidden).kl for rows, ref_hidden, _ in parts]  # (N,) in all
@@ -306,7 +306,7 @@ for step in range(first_step, args.num_steps):
     lengths = torch.tensor([length_score(n, C) for _, n in completions], device=device)  # (B,)
     reward = generator_reward(judged, lengths, args.g_reward, args.d_scale, args.azr_t)  # (B,)
 
-    # generator step: REINFORCE against the baseline from before this batch, and the KL to the base; not in the warm-up
+    # generator step: REINFORCE against the baseline from before this batch, and the KL to its reference; not in the warm-up
     if step >= 0:
         model.set_adapter(G)
         mean_reward = reward[judged.counts].mean().item()
