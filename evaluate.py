@@ -22,7 +22,7 @@ import statistics
 import sys
 
 from flags import NEEDED, Parser, UserError, check_device, read_args
-from measures import audit, copy_rate, distinct, lengths, repetition, self_bleu
+from measures import audit, copy_rate, distinct, lengths, reliability, repetition, self_bleu
 from scores import mauve_of, paired
 
 WINDOW = 2000  # the write-up's: the last 2000 generated sequences, with mauve-text's own seed
@@ -156,6 +156,9 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0)
     texts = {name: looks(model, tokenizer, encode, bos, records, key, device)
              for name, (records, key) in sets.items() if records}
     report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores, "texts": texts}
+    verdicts = [r for r in read_lines(out_dir / "verdicts.jsonl") if r["step"] >= last[0]["step"]]
+    if verdicts:  # of --disc reason
+        report["reliability"] = reliability(*zip(*((r["d_value"], r["verdict"] == r["text"]) for r in verdicts)))
     if curve:
         report["curve"] = over_the_run(rollouts, curve, seeds, featurize)
     write_json(out_dir / "result.json", result)
@@ -263,6 +266,8 @@ def print_table(out_dir, report):
     if report["kl"] is not None:
         print(f"  KL to the reference         {report['kl']:.3f} nats a token")
     print_texts(report["texts"])
+    if "reliability" in report:
+        print_reliability(*report["reliability"])
 
 
 def print_texts(texts):
@@ -279,6 +284,13 @@ def print_texts(texts):
     audits = [look.get("audit") for look in texts.values()]
     for name in next(filter(None, audits), []):
         line(f"audit, {name}", [f"{told[name][0]:.0%}" if told else "" for told in audits])
+
+
+def print_reliability(rows, error):
+    """Print how far `d_value` held in the verdicts of the last steps."""
+    print(f"\n  {'d_value':18s}{'verdicts':>10s}{'its mean':>10s}{'right':>10s}   off by {error:.3f} on average")
+    for low, high, count, mean, share in rows:
+        print(f"  {f'{low:.1f} to {high:.1f}':18s}{count:10d}{mean:10.3f}{share:10.3f}")
 
 
 def number(value):

@@ -1,5 +1,6 @@
 """
-What texts look like, beside MAUVE: diversity, repetition, copying, lengths, and what gives the generated ones away.
+What texts look like, beside MAUVE: diversity, repetition, copying, lengths, and what gives the generated ones away. And
+whether chances hold.
 
 Pure functions of texts and of lists of token ids. `audit` asks what a discriminator could know without reading: a small
 classifier sees one side of the texts alone (how long, how they begin, how they end, how they are cut into tokens, their
@@ -57,6 +58,19 @@ def lengths(sequences):
 
 # -----------------------------------------------------------------------------
 # the shortcut audit
+
+def reliability(chances, came_true, num_bins=10):
+    """Whether chances in [0, 1] hold: rows of (lowest, highest, count, mean chance, share that came true), one a bin
+    that is not empty; and the expected calibration error, the mean distance of the last two over all (None of nothing).
+    """
+    bins = collections.defaultdict(list)
+    for chance, true in zip(chances, came_true):
+        bins[min(int(chance * num_bins), num_bins - 1)].append((chance, bool(true)))
+    rows = [(i / num_bins, (i + 1) / num_bins, len(pairs), *map(statistics.fmean, zip(*pairs)))
+            for i, pairs in sorted(bins.items())]
+    total = sum(count for _, _, count, _, _ in rows)
+    return rows, sum(count * abs(mean - share) for _, _, count, mean, share in rows) / total if rows else None
+
 
 def ends(part):
     """Features of the first (or last) three ids of a text: which id stands where."""

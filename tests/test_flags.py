@@ -24,6 +24,8 @@ BAD = """
 --seeds 0               --seeds 1.5             --seed -1               --seed 99999999999999999999  --device gpu       --device cuda:x
 --out_dir=              --out_dir README.md     --save_every -1         --keep -1               --keep all              --max_bad_steps -1
 --init no/such/run      --init=                 --init tests            --init_ref adapter
+--disc both             --d_model ./no/folder   --d_model=              --azr_t nan             --azr_t 1               --azr_t -0.1
+--d_think_tokens -1     --d_think_tokens few    --d_kl_coef -1          --d_kl_coef inf         --d_value_detach no     --disc=
 --resume no/such/run    --resume=               --g-lr 1                --stepz 3               --rnk 3                 --num_step 3            -g_lr 3
 --merge never           --grad_ckpt 2           --optim sgd             --optim=
 """.strip()
@@ -48,7 +50,7 @@ def test_a_mistake_is_one_line_that_names_its_flag(words, monkeypatch, capsys):
     flag = {"--g-lr": "--g_lr", "--rnk": "--rank", "--num_step": "--num_steps", "--stepz": "--num_steps", "-g_lr": "--g_lr"}.get(words[0], words[0].split("=")[0])
     if words[0] == "--resume":
         flag = words[-1].removeprefix("--resume=") or "--resume"
-    if words[0] in ("--adv_norm", "--d_shuffle", "--sft", "--merge", "--grad_ckpt"):  # switches take no word: the word is what is unknown
+    if words[0] in ("--adv_norm", "--d_shuffle", "--sft", "--merge", "--grad_ckpt", "--d_value_detach"):  # switches take no word: the word is what is unknown
         flag = words[1]
     assert code == 2 and out == "" and err.count("\n") == 1 and flag in err and "Traceback" not in err
 
@@ -57,6 +59,8 @@ def test_a_mistake_is_one_line_that_names_its_flag(words, monkeypatch, capsys):
     ("--num_steps 1 --batch_size 3", "--num_steps"), ("--d_loss pair --d_shuffle", "--d_shuffle"), ("--resume out/x --num_steps 9", "--num_steps"),
     ("--preset writeup --sft", "--sft"), ("--data README.md", "--data"), (f"--out_dir {'x' * 300}", "--out_dir"), ("--g_lr 1e30", "--g_lr"),
     ("--resume out/x --no-adv_norm", "--no-adv_norm"), ("--resume out/x --micro_batch 2", "out/x"), ("--sft --d_shuffle", "--sft"),
+    ("--preset demo --g_reward azr", "--disc reason"), ("--preset demo --disc reason --g_reward neglog", "--g_reward"), ("--disc reason --d_loss pair", "--d_loss"),
+    ("--d_model demo-small", "--adapters separate"), ("--preset demo --d_think_tokens 4", "--disc reason"), ("--preset demo --d_value_detach", "--disc reason"),
 ])
 def test_combinations_that_cannot_work_are_one_line(words, named, monkeypatch, capsys):
     code, out, err = started(words.split(), monkeypatch, capsys)

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from measures import audit, copy_rate, distinct, lengths, repetition, self_bleu
+from measures import audit, copy_rate, distinct, lengths, reliability, repetition, self_bleu
 
 
 def test_distinct_equals_hand_values():
@@ -67,3 +67,11 @@ def test_the_audit_finds_a_planted_shortcut_and_no_other(name, plant):
     assert told[name][0] > 0.9
     alone = {"length": {"length"}, "first 3 tokens": {"first 3 tokens"}, "last 3 tokens": {"last 3 tokens"}}.get(name, {"tokenisation", "white space"})
     assert all(accuracy < 0.65 for other, (accuracy, _) in told.items() if other not in alone and other != "tokenisation")
+
+
+def test_reliability_sets_shares_beside_chances_as_by_hand():
+    rows, error = reliability([0.0, 0.1, 0.3, 0.5, 0.7, 1.0], [False, True, False, True, True, False], num_bins=2)
+    assert [row[:3] for row in rows] == [(0.0, 0.5, 3), (0.5, 1.0, 3)]
+    assert [row[3:] for row in rows] == [pytest.approx((0.4 / 3, 1 / 3)), pytest.approx((2.2 / 3, 2 / 3))]
+    assert error == pytest.approx(0.5 * 0.2 + 0.5 * 0.2 / 3)
+    assert reliability([0.72], [True]) == ([(0.7, 0.8, 1, 0.72, 1.0)], pytest.approx(0.28)) and reliability([], []) == ([], None)

@@ -3,13 +3,21 @@ import math
 import pytest
 import torch
 
-from discriminator import Discriminator, discriminator_loss
+from discriminator import Discriminator, Judged, discriminator_loss
 from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
 
 
 @pytest.mark.parametrize("n, score", [(0, 0.0), (1, 0.25), (2, 0.5), (4, 1.0), (9, 1.0)])
 def test_length_score_is_n_over_the_budget_and_at_most_one(n, score):
     assert length_score(n, 4) == score
+
+
+def paid(logits=None, p_real=None, d_value=None, length=1.0, kind="prob", d_scale=1.0, azr_t=0.125):
+    """The reward of one completion: of a head's logits, or of a verdict's p_real and d_value."""
+    logps = torch.tensor([logits or [0.0, 0.0]]).log_softmax(-1)
+    p_real, d_value = (torch.tensor([0.0 if x is None else x]) for x in (logps[0, REAL].exp().item() if p_real is None else p_real, d_value))
+    judged = Judged([0], torch.tensor([True]), torch.tensor([True]), p_real, logps[:, 1 - REAL], d_value, None, None)
+    return generator_reward(judged, torch.tensor([length]), kind, d_scale, azr_t).item()
 
 
 # p_real of the logits (log 1, log 3) is 3/4
@@ -22,19 +30,32 @@ def test_length_score_is_n_over_the_budget_and_at_most_one(n, score):
     ("neglog", 1.0, 0.0, 0.0),
 ])
 def test_reward_equals_the_table(kind, d_scale, length, wanted):
-    logits = torch.tensor([[0.0, math.log(3)]])
-    assert generator_reward(logits, torch.tensor([length]), kind, d_scale).item() == pytest.approx(wanted)
+    assert paid([0.0, math.log(3)], length=length, kind=kind, d_scale=d_scale) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("d_value, wanted", [(0.0, 0.0), (0.125, 0.0), (0.126, 0.874), (0.5, 0.5), (1.0, 0.0)])
+def test_azr_pays_one_minus_d_value_above_the_threshold_and_nothing_up_to_it(d_value, wanted):
+    assert paid(d_value=d_value, kind="azr") == pytest.approx(wanted)
+    assert paid(d_value=d_value, kind="azr", d_scale=30.0, length=0.5) == pytest.approx(15 * wanted)
+
+
+def test_azr_without_a_threshold_pays_nearly_all_for_what_is_never_told():
+    assert paid(d_value=0.01, kind="azr", azr_t=0.0) == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("said, wanted", [("real", 15.0), ("generated", 0.0)])
+def test_prob_of_a_verdict_in_words_is_one_minus_its_correctness(said, wanted):
+    assert paid(p_real=float(said == "real"), d_value=0.9, d_scale=30.0, length=0.5) == wanted
 
 
 @pytest.mark.parametrize("kind", ["prob", "neglog"])
 def test_reward_rises_with_the_real_class_and_is_never_negative(kind):
-    logits = torch.tensor([[40.0, -40.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-    reward = generator_reward(logits, torch.ones(4), kind, 1.0)
+    reward = torch.tensor([paid(logits, kind=kind) for logits in ([40.0, -40.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0])])
     assert (reward >= 0).all() and (reward.diff() > 0).all()
 
 
 def test_neglog_stays_finite_where_the_discriminator_is_sure():
-    assert generator_reward(torch.tensor([[-200.0, 200.0]]), torch.ones(1), "neglog", 1.0).item() == pytest.approx(400.0)
+    assert paid([-200.0, 200.0], kind="neglog") == pytest.approx(400.0)
 
 
 def test_ema_starts_at_the_first_batch_and_lags_after_it():

@@ -14,6 +14,7 @@ TINY = ("--preset demo --batch_size 4 --num_steps 3 --d_warmup 1 --prefix_tokens
 METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl kl_after_d entropy logp_gap d_loss d_acc_real d_acc_generated
     g_grad_norm d_grad_norm g_lr d_lr kl_after_g think_closed num_think num_completion distinct_2 coherence skipped seconds sample_seconds update_seconds
     tokens_per_second memory_gb""".split()
+VERDICT = "step row text verdict immediate d_value think reply n_think".split()
 ROLLOUT = "step prefix sep truth think completion reward p_real length_score n_think n_completion think_closed".split()
 
 
@@ -54,6 +55,35 @@ def test_a_run_leaves_what_is_promised(finished):
         assert word in told
 
 
+@pytest.fixture(scope="module")
+def reasoned(tmp_path_factory):
+    """The same with the discriminator that reasons."""
+    out = tmp_path_factory.mktemp("runs") / "reasoned"
+    told = run(*TINY, "--disc", "reason", "--out_dir", out)
+    assert told.returncode == 0, told.stderr
+    return out, told.stdout
+
+
+def test_a_reasoning_discriminator_leaves_its_verdicts(reasoned):
+    out, told = reasoned
+    metrics, rollouts, verdicts = (lines(out / f"{name}.jsonl") for name in ("metrics", "rollouts", "verdicts"))
+    assert all(list(row) == VERDICT for row in verdicts) and all(0 < row["d_value"] < 1 and row["n_think"] <= 4 for row in verdicts)
+    for row in metrics:
+        assert set(METRICS) <= set(row) and row["skipped"] == 0 and row["d_grad_norm"] > 0
+        told_of = {text: [v for v in verdicts if v["step"] == row["step"] and v["text"] == text] for text in ("real", "generated")}
+        written = [r for r in rollouts if r["step"] == row["step"]]
+        shown = [i for i, r in enumerate(written) if r["n_completion"]]
+        assert [v["row"] for v in told_of["real"]] == [v["row"] for v in told_of["generated"]] == shown
+        for text, rows in told_of.items():  # d_acc comes from the loss, the verdicts from the log
+            assert row[f"d_acc_{text}"] == pytest.approx(sum(v["verdict"] == text for v in rows) / len(rows))
+        assert row["d_value"] == pytest.approx(sum(v["d_value"] for rows in told_of.values() for v in rows) / (2 * len(shown)))
+        for v in told_of["generated"]:  # azr at a length score of n / 12
+            wanted = (1 - v["d_value"]) * written[v["row"]]["length_score"] if v["verdict"] else None
+            assert written[v["row"]]["reward"] == (wanted if wanted is None else pytest.approx(wanted, rel=1e-5))
+            assert written[v["row"]]["p_real"] == {"real": 1, "generated": 0, None: None}[v["verdict"]]
+    assert json.loads((out / "mauve.json").read_text())["reliability"][0] and "its mean" in told
+
+
 def test_the_metrics_mean_what_they_say(finished):
     metrics = lines(finished[0] / "metrics.jsonl")
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[0]["baseline"] == metrics[0]["reward"]
@@ -91,24 +121,24 @@ def test_evaluate_samples_afresh_draws_a_curve_and_compares_runs(finished, tmp_p
 def same_run(one, other):
     """Two runs are one but for times, memory and the folder's name."""
     noisy = {"seconds", "sample_seconds", "update_seconds", "tokens_per_second", "memory_gb"}
-    for name in {"rollouts.jsonl"} & {path.name for path in [*one.iterdir(), *other.iterdir()]}:  # sft.py's have none
-        assert (one / name).read_bytes() == (other / name).read_bytes()
+    texts = [{path.name: path.read_bytes() for path in folder.glob("*.jsonl") if path.name != "metrics.jsonl"} for folder in (one, other)]
+    assert texts[0] == texts[1]  # of sft.py there are none
     a, b = ([{k: v for k, v in row.items() if k not in noisy} for row in lines(folder / "metrics.jsonl")] for folder in (one, other))
     assert a == b
     from safetensors.torch import load_file
-    for player in {"generator", "discriminator", "shared"} & {path.name for path in (one / "ckpt").iterdir()}:
-        x, y = (load_file(folder / "ckpt" / player / "adapter_model.safetensors") for folder in (one, other))
+    weights = [sorted((folder / "ckpt").rglob("*.safetensors")) for folder in (one, other)]
+    assert len(weights[0]) == len(weights[1]) >= 2  # of one adapter or two, and of a head
+    for x, y in zip(*(map(load_file, files) for files in weights)):
         assert x.keys() == y.keys() and all((x[key] == y[key]).all() for key in x)
 
 
-@pytest.mark.parametrize("adapters", ["separate", "shared"])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(adapters, finished, tmp_path):
-    whole, out = finished[0], tmp_path / "two"
-    if adapters == "shared":
-        whole = tmp_path / "one"
-        assert run(*TINY, "--adapters", adapters, "--out_dir", whole).returncode == 0
+@pytest.mark.parametrize("flags", ["", "--adapters shared", "--disc reason", "--disc reason --d_model demo-small", "--d_model demo-small"])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(flags, finished, reasoned, tmp_path):
+    whole, out = {"": finished, "--disc reason": reasoned}.get(flags, [tmp_path / "one"])[0], tmp_path / "two"
+    if not whole.exists():
+        assert run(*TINY, *flags.split(), "--out_dir", whole).returncode == 0
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, ROOT / "train.py", *TINY, "--adapters", adapters, "--out_dir", out]
+    words = [sys.executable, ROOT / "train.py", *TINY, *flags.split(), "--out_dir", out]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
     for line in process.stdout:
         if line.startswith("step 0/"):
@@ -116,8 +146,9 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(adapters, finished, t
             break
     rest = process.stdout.read()
     assert process.wait() == 143 and f"--resume {out}" in rest
-    with open(out / "rollouts.jsonl", "a") as file:
-        file.write('{"step": 7, "torn')  # as a crash after the checkpoint would leave it
+    for name in {"rollouts.jsonl", "verdicts.jsonl"} & {path.name for path in out.iterdir()}:
+        with open(out / name, "a") as file:
+            file.write('{"step": 7, "torn')  # as a crash after the checkpoint would leave it
     assert "result.json" not in {path.name for path in out.iterdir()}
     assert len(lines(out / "floor.jsonl")) == 6
     again = run("--resume", out)
@@ -138,7 +169,9 @@ def test_a_run_killed_before_its_first_step_goes_on_from_the_start(finished, tmp
 
 
 @pytest.mark.parametrize("flags", ["--adapters shared", "--quant nf4", "--quant int8", "--micro_batch 2 --d_loss pair --d_pool last --g_reward prob --sft",
-                                   "--adapters shared --micro_batch 1 --kl_coef 0 --reasoning_tokens 0 --dtype bf16"])
+                                   "--adapters shared --micro_batch 1 --kl_coef 0 --reasoning_tokens 0 --dtype bf16",
+                                   "--disc reason --adapters shared --d_think_tokens 0 --g_reward prob --micro_batch 3 --d_shuffle --dtype fp16",
+                                   "--disc reason --d_model demo-small --quant nf4 --d_value_detach --d_kl_coef 0"])
 def test_every_way_to_train_trains(flags, tmp_path):
     told = run(*TINY, *flags.split(), "--floor_sequences", 0, "--out_dir", tmp_path / "run")
     assert told.returncode == 0, told.stderr
