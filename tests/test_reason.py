@@ -11,6 +11,7 @@ from model import adapter_parameters, micro_batches
 from reason import UNPARSED, Reason, cut_alike, parsed, summary
 from reward import REAL
 from rollout import keyed, reference_hidden, sampled_stats
+from sampler import Sampler
 
 WINDOWS = [Window("Return a new array of the given", "\n", "shape and type, filled with zeros, unless the caller asked for ones."),
            Window("The first line says", " ", "what the function does, in one short sentence; details come after."),
@@ -24,7 +25,7 @@ def judge_of(tiny, **flags):
     model, tokenizer = tiny
     model.set_adapter("discriminator")
     flags = dict(micro_batch=0, loss_scale=1.0, shuffle=False, think_tokens=5, temperature=1.0, kl_coef=0.1, detach=False) | flags
-    judge = Reason(model, tokenizer, (16, 24), batch_size=3, **flags)
+    judge = Reason(model, tokenizer, (16, 24), sampler=Sampler(model, torch.float32), adapter="discriminator", batch_size=3, **flags)
     torch.manual_seed(2)
     torch.nn.init.normal_(judge.value[1].weight)
     return judge
@@ -39,7 +40,7 @@ def test_a_verdict_is_one_of_two_words_alone(reply, verdict):
 
 
 def test_a_verdicts_budget_leaves_room_to_say_too_much(demo, encode):
-    judge = Reason(*demo, (16, 24), 0, 1.0, False, 3, 0, 1.0, 0.0, False)
+    judge = Reason(*demo, (16, 24), 0, 1.0, False, None, None, 3, 0, 1.0, 0.0, False)
     assert judge.verdict_tokens == max(len(encode("real")[0]), len(encode("generated")[0])) + 1
 
 
