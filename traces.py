@@ -286,10 +286,10 @@ def policy_model(folder, run, policy, device, reasoning_tokens):
 
 def refuse_other(path, settings, before):
     """Refuse to go on with a file that was made with other settings."""
-    other = ", ".join(f"--{key} {before.get(key)}" for key in settings if before.get(key) != settings[key])
-    if other:
-        what = "the runs have changed since" if other.startswith("--inputs") else f"it has {other}"
-        raise UserError(f"{path} was made otherwise ({what}); do as then, remove it, or name another --out")
+    other = [f"--{key} {before.get(key)}" for key in settings if before.get(key) != settings[key] and key != "inputs"]
+    if other or before.get("inputs") != settings["inputs"]:
+        what = f"with {', '.join(other)}; give the same" if other else "from runs that have changed since; restore them"
+        raise UserError(f"{path} was made {what}, remove it, or name another --out")
 
 
 def scored_before(path, settings, total, size):
