@@ -7,7 +7,9 @@ What differs from the textbook:
    The baseline is `d_value`, a value head's chance that the verdict will be right, from the end of the prompt, before
    a thought. The head learns by cross-entropy, and each text weighs as much in it as one sampled token.
 2. No ratio: where both players share an adapter, the generator's step lies between a verdict and its lesson.
-3. The two texts of a prefix are judged apart, each in a prompt of its own, cut to the same number of tokens.
+3. The KL to the base keeps the verdict the coin that it was until the text tells: without it all verdicts soon were one
+   word, from which nothing is learnt any more.
+4. The two texts of a prefix are judged apart, each in a prompt of its own, cut to the same number of tokens.
 
 Letters: B sequences, n rows that are shown, b of them in a micro-batch (two texts each: all the real ones, then the
 generated ones), T tokens, N sampled ones, H hidden.

@@ -31,7 +31,7 @@ DEMO = dict(
     save_every=10)
 REASON = dict(g_reward="azr")  # of --disc reason
 PRESETS = {("writeup", "reason"): REASON, ("demo", "head"): DEMO, ("demo", "reason"): DEMO | REASON | dict(
-    batch_size=16, num_steps=100)}
+    batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)}
 MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every keep max_bad_steps".split()  # on --resume
 parser = Parser(__doc__)
 add = parser.add_argument
@@ -78,7 +78,7 @@ add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy a text
 add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator's loss, the other reading of d-scale")
 add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last state or the mean")
 add("--d_think_tokens", type=int, default=None, help="of --disc reason (unset: as reasoning_tokens; 0: none)")
-add("--d_kl_coef", type=float, default=0.05, help="as --kl_coef, of --disc reason (0: no reference pass)")
+add("--d_kl_coef", type=float, default=0.2, help="as --kl_coef, of --disc reason (0: no reference pass)")
 add("--d_value_detach", action=Switch, default=False, help="the value head of --disc reason trains itself alone")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
 add("--d_shuffle", action=Switch, default=False, help="control: the discriminator learns from shuffled labels")

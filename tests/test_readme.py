@@ -8,7 +8,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_flag_in_the_readme_exists():
-    known = set(re.findall(r"--\w+", "".join(run("--help", script=script).stdout for script in ("train.py", "evaluate.py", "plot.py", "sweep.py")))) | {"--flag"}
+    known = set(re.findall(r"--\w+", "".join(run("--help", script=script).stdout for script in
+                                             ("train.py", "evaluate.py", "plot.py", "sweep.py", "traces.py", "sft.py", "export.py", "bench.py")))) | {"--flag"}
     known |= set(re.findall(r'"(--\w+)"', (ROOT / "demo" / "make.py").read_text()))
     assert set(re.findall(r"--[a-z]\w+", README)) <= known
 

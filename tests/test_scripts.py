@@ -67,7 +67,7 @@ def reasoned(tmp_path_factory):
 def test_a_reasoning_discriminator_leaves_its_verdicts(reasoned):
     out, told = reasoned
     metrics, rollouts, verdicts = (lines(out / f"{name}.jsonl") for name in ("metrics", "rollouts", "verdicts"))
-    assert all(list(row) == VERDICT for row in verdicts) and all(0 < row["d_value"] < 1 and row["n_think"] <= 4 for row in verdicts)
+    assert all(list(row) == VERDICT for row in verdicts) and all(0 < row["d_value"] < 1 and row["n_think"] <= 6 for row in verdicts)
     for row in metrics:
         assert set(METRICS) <= set(row) and row["skipped"] == 0 and row["d_grad_norm"] > 0
         told_of = {text: [v for v in verdicts if v["step"] == row["step"] and v["text"] == text] for text in ("real", "generated")}
