@@ -305,6 +305,7 @@ if __name__ == "__main__":
                    **scale(Players(shaped, *names, args.rank, args.alpha, work, device), device)}
             line(axis, f"{value:,}", f"{row['sample']:.2f} + {row['update']:.2f}", f"{row['update_gib']:.3f}")
             report["scaling"].append(row)
+            gc.collect()
         draw(report["scaling"], args.out)
 
     for section in () if args.scaling else args.only.split(","):

@@ -205,7 +205,7 @@ def sample_fresh(run, out_dir, num_sequences, model, tokenizer, device):
     name = "shared" if run["adapters"] == "shared" else "generator"  # the discriminator may be on another model
     model = add_adapters(model, [name], run["rank"], run["alpha"])
     load_adapters(model, out_dir / "ckpt")
-    sampler = Sampler(model, DTYPES[run["dtype"]])
+    sampler = Sampler(model, DTYPES[run["dtype"]], run.get("merge", True))
     sampler.follow(name)
     encode, rule, C = plain_encoder(tokenizer), rules(tokenizer, model), run["completion_tokens"]
     lengths = run["reasoning_tokens"], C, run["echo_tokens"], run["temperature"]

@@ -45,6 +45,8 @@ def checked_device(name):
         raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there is no such GPU here; python train.py --preset demo needs none")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a CUDA graph is captured on the current device
     return device
 
 
@@ -65,7 +67,7 @@ def memory_needs(players, num_trained, merged=0):
     frozen, cache, activations = {}, [], []
     for model, num_tokens, num_sampled, num_passed in players:
         config, base = causal_lm(model).config.get_text_config(), causal_lm(model)
-        frozen[id(base)] = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+        frozen[id(base)] = sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = base.get_output_embeddings().weight.element_size()
@@ -137,8 +139,8 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # (..., out)
         x, weight = ctx.saved_tensors
-        rows = x.flatten(0, -2).to(weight.dtype)  # (N, in)
-        return (grad @ weight).to(x.dtype), grad.flatten(0, -2).mT @ rows  # (..., in), (out, in)
+        of_x = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None  # (..., in)
+        return of_x, grad.flatten(0, -2).mT @ x.flatten(0, -2).to(weight.dtype)  # (..., in), (out, in)
 
 
 def add_adapters(model, names, rank, alpha):
@@ -215,6 +217,13 @@ def causal_lm(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def sees_all(model):
+    """Whether every layer attends to all that stands before a token: no window, no state of another kind."""
+    config = causal_lm(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return kinds == {"full_attention"} or not kinds and not getattr(config, "sliding_window", None)
+
+
 def hidden_states(model, ids, shared=0):
     """Last hidden states of the backbone, after its final norm: ids (B, T) to (B, T, H). No lm_head is run.
 
@@ -222,15 +231,16 @@ def hidden_states(model, ids, shared=0):
     ids are the same in all rows: where they are a good part of T, they are read once, with the same gradients.
     """
     backbone, (B, T) = causal_lm(model).base_model, ids.shape
-    if B == 1 or shared < T / 4 or getattr(causal_lm(model), "is_gradient_checkpointing", False):  # it has no cache
+    checkpointed = getattr(causal_lm(model), "is_activation_checkpointing", False)  # then there is no cache
+    if B == 1 or shared < T / 4 or checkpointed or not sees_all(model):
         return backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
     cache = DynamicCache()
-    head = backbone(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True).last_hidden_state  # (1, S, H)
+    head = backbone(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
     for layer in cache.layers:
-        layer.keys, layer.values = (x.expand(B, -1, -1, -1) for x in (layer.keys, layer.values))  # (B, heads, S, D)
-    place = torch.arange(shared, T, device=ids.device)[None]  # (1, T - S)
+        layer.keys, layer.values = (x.expand(B, -1, -1, -1) for x in (layer.keys, layer.values))
+    place = torch.arange(shared, T, device=ids.device)[None]  # (1, T - shared)
     tail = backbone(input_ids=ids[:, shared:], position_ids=place, past_key_values=cache, use_cache=True)
-    return torch.cat([head.expand(B, -1, -1), tail.last_hidden_state], 1)  # (B, T, H)
+    return torch.cat([head.last_hidden_state.expand(B, -1, -1), tail.last_hidden_state], 1)  # (B, T, H)
 
 
 def head_weights(model, vocab=None):

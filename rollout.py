@@ -7,8 +7,8 @@ What differs from the textbook:
 2. No top-k, no top-p: the learner can score exactly what was drawn. The sampler returns its own log-probs, to compare.
 3. Forced tokens (the closing of the thinking, the blank line after it) are in `ids` and not in `sampled`.
 
-Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, L closing length, P prompt width,
-S stop ids.
+Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, R and C most tokens of thinking and
+completion, L closing length, S stop ids.
 """
 import hashlib
 import os
@@ -28,7 +28,7 @@ class Rules(NamedTuple):
     stop: torch.Tensor     # (S,) ids that end a completion
     close: torch.Tensor    # (L,) ids forced where the thinking ends: </think>, then a blank line
     think_end: int         # id of </think>; -1 where it is no single token: then the budget alone ends the thinking
-    blocked: torch.Tensor  # (2, V) ids forbidden in thinking and in completion; V is the tokenizer's, not the model's
+    blocked: torch.Tensor  # (2, V) ids forbidden in thinking and in completion; V: the tokenizer's, rounded up
     pad: int
 
 
@@ -40,7 +40,8 @@ def rules(tokenizer, model):
     stop = {tokenizer.eos_token_id, ids.get("<|im_end|>"), ids.get("<|endoftext|>")} - {None}
     stop |= set(extra if isinstance(extra, list) else [extra]) - {None}
     think, think_end = ids.get("<think>", -1), ids.get("</think>", -1)
-    V = min(max(ids.values()) + 1, causal_lm(model).get_output_embeddings().weight.shape[0])
+    rows = causal_lm(model).get_output_embeddings().weight.shape[0]
+    V = min(-(-(max(ids.values()) + 1) // 64) * 64, rows)  # Qwen3's 151,669 would be slow on a GPU; the rest is blocked
     blocked = torch.ones(2, V, dtype=torch.bool)  # (2, V)
     blocked[:, [i for i in ids.values() if i < V]] = False
     for kind, forbidden in ((THINKING, stop | {think}), (COMPLETION, {think, think_end})):
@@ -144,20 +145,26 @@ class Loop:
             self.graph.replay()
 
     def capture(self):
-        """Record one step, after two that warm up; they spoil the state, so begin anew after it."""
-        self.captures, graph, side = False, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        """Record one step, after two that warm up; they spoil the state, so begin anew after it. Returns success."""
+        here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.captures = False
+        side.wait_stream(here)
         with torch.cuda.stream(side):
-            self.step(), self.step()
-        torch.cuda.current_stream().wait_stream(side)
+            for _ in range(2):
+                self.step()
+        here.wait_stream(side)
         try:
             with torch.cuda.graph(graph):
                 self.step()
         except RuntimeError as error:
-            print(f"sampling goes without a CUDA graph: {str(error).strip().splitlines()[0]}")
-            torch.cuda.synchronize()
-        else:
-            self.graph = graph
+            torch.cuda.set_stream(here)  # where ending a capture fails, torch leaves its stream the current one
+            cause = error.__context__ or error  # and the error of the end hides the first one
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            print(f"sampling goes without a CUDA graph: {str(cause).strip().splitlines()[0]}")
+            return False
+        self.graph = graph
+        return True
 
 
 @torch.no_grad()
@@ -173,7 +180,7 @@ def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperat
     loop = loop_for(model, settings, B, max(map(len, prompts)) + budget)
     loop.begin(prompts, uniform)
     if loop.captures:
-        loop.capture()
+        model.captures = loop.capture()
         loop.begin(prompts, uniform)
     for t in range(1, budget):
         if (uniform.device.type == "cpu" or t % 16 == 0) and bool(loop.reply.done.all()):  # asking a GPU means waiting
@@ -185,13 +192,14 @@ def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperat
 def loop_for(model, settings, rows, width):
     """A new loop; or a Sampler's own, kept from call to call for the same settings and shape."""
     stands, width = isinstance(model, Sampler) and model.stands, -(-width // BUCKET) * BUCKET
-    key = (rows, width, id(settings[0]), *settings[1:])  # of nothing earlier: a resumed run shall compute the same
+    key = (rows, width, id(settings[0]), *settings[1:])  # not of earlier calls: a resumed run shall compute the same
     if stands and key in model.loops:
+        model.loops[key] = model.loops.pop(key)  # the last one used stands last
         return model.loops[key]
     source = model.model if isinstance(model, Sampler) else model
-    reader = Standing(source, rows, width) if stands else Growing(source)
     reply = Reply(rows, *settings, *head_weights(source, settings[0].blocked.shape[1]))
-    loop = Loop(reader, reply, captures=stands and reader.graph)
+    captures = stands and model.captures and reply.budget > 3  # the first token, and two to warm up
+    loop = Loop(Standing(source, rows, width, captures) if stands else Growing(source), reply, captures)
     if stands:  # a few shapes take turns; the caches of others are let go
         model.loops = dict([*model.loops.items()][-5:]) | {key: loop}
     return loop

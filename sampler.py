@@ -8,17 +8,18 @@ What differs from the textbook:
 2. Keys and values are written in place: on a CPU attention sees the columns in use, in a CUDA graph always all of them.
 3. What all prompts begin with is read once, by one row.
 
-Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden.
+Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden, D of a head.
 """
 import copy
 import os
+import weakref
 
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from model import causal_lm, pad
+from model import causal_lm, pad, sees_all
 
 BUCKET = 64  # the cache's width is a multiple of it, so that prompts of about one length share a cache and its graph
 
@@ -67,7 +68,7 @@ def sampling_copy(model, dtype, merge):
             memo[id(module)] = twin  # deepcopy takes it for the copy that it has made already
     memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     twin = copy.deepcopy(base, memo)
-    if getattr(twin, "is_gradient_checkpointing", False):
+    if getattr(twin, "is_activation_checkpointing", False):
         twin.activation_checkpointing_disable()
     return twin, twins
 
@@ -101,14 +102,14 @@ class Growing:
 
 
 class Slab(CacheLayerMixin):
-    """Keys and values of one layer, (B, heads, W, D) from the start. `where` says which columns are being written."""
+    """Keys and values of one layer, (B, heads, W, D) from the start. Its owner says which columns are being written."""
 
-    def __init__(self, where):
+    def __init__(self, owner):
         super().__init__()
-        self.where = where
+        self.owner = owner
 
     def lazy_initialization(self, keys, values):
-        B, heads, W = self.where.rows, keys.shape[1], self.where.width
+        B, heads, W = self.owner.rows, keys.shape[1], self.owner.width
         self.keys = keys.new_zeros(B, heads, W, keys.shape[-1])      # (B, heads, W, D)
         self.values = values.new_zeros(B, heads, W, values.shape[-1])  # (B, heads, W, D)
         self.is_initialized = True
@@ -116,7 +117,7 @@ class Slab(CacheLayerMixin):
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        at, end = self.where.at, self.where.end
+        at, end = self.owner.at, self.owner.end
         if isinstance(at, slice):
             self.keys[:, :, at], self.values[:, :, at] = keys, values  # a shared head is one row: it is broadcast
         else:
@@ -128,33 +129,34 @@ class Slab(CacheLayerMixin):
         return 0  # positions and mask are given: nobody needs to count
 
     def get_mask_sizes(self, query_length):
-        return self.where.end, 0
+        return self.owner.end, 0
 
     def get_max_length(self):
-        return self.where.width
+        return self.owner.width
 
 
 class Standing:
     """A cache of fixed size for `rows` rows and `width` columns, all of whose state is in tensors that stay."""
 
-    def __init__(self, model, rows, width):
+    def __init__(self, model, rows, width, reads_all=False):
         self.model, self.rows, self.width = causal_lm(model).base_model, rows, width
-        self.weight = causal_lm(model).get_output_embeddings().weight
-        device, config = self.weight.device, causal_lm(model).config.get_text_config()
-        self.cache = Cache(layers=[Slab(self) for _ in range(config.num_hidden_layers)])
-        self.mask = torch.zeros(rows, 1, 1, width, dtype=self.weight.dtype, device=device)  # (B, 1, 1, W) added
+        weight, config = causal_lm(model).get_output_embeddings().weight, causal_lm(model).config.get_text_config()
+        device, owner = weight.device, weakref.proxy(self)  # no ring of references: what is let go is freed at once
+        self.cache = Cache(layers=[Slab(owner) for _ in range(config.num_hidden_layers)])
+        self.mask = torch.zeros(rows, 1, 1, width, dtype=weight.dtype, device=device)  # (B, 1, 1, W) added
         self.place = torch.zeros(rows, 1, dtype=torch.long, device=device)  # (B, 1)
         self.column = torch.zeros(1, dtype=torch.long, device=device)       # (1,) the one that is written next
-        self.graph = device.type == "cuda"  # then every shape must stay, so attention sees all columns
+        self.reads_all = reads_all  # columns, in use or not: for a CUDA graph, in which every shape must stay
 
     def begin(self, prompts, pad_id):
         """Read the prompts: hidden states (B, H) of their last tokens."""
         device = self.mask.device
         S = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
         ids, seen, place = left_padded([prompt[S:] for prompt in prompts], pad_id, device)  # (B, P) each
-        if self.graph:  # columns beyond the used ones are read too, and 0 times infinity is nan
+        if self.reads_all:  # columns beyond the used ones are read too, and 0 times infinity is nan
             for slab in (slab for slab in self.cache.layers if slab.is_initialized):
-                slab.keys.zero_(), slab.values.zero_()
+                slab.keys.zero_()
+                slab.values.zero_()
         P, blocked = ids.shape[1], torch.finfo(self.mask.dtype).min
         if S:
             head = DynamicCache()
@@ -179,7 +181,7 @@ class Standing:
         self.place.add_(1)
         self.column.add_(1)
         self.mask.index_fill_(3, self.column, 0)
-        if self.graph:
+        if self.reads_all:
             self.at, self.end = self.column, self.width
         else:
             self.at, self.end = slice(self.end, self.end + 1), self.end + 1
@@ -204,19 +206,22 @@ class Sampler:
         self.num_bytes = sum(p.numel() * p.element_size() for twin, _ in self.twins if not isinstance(twin, Beside)
                              for p in twin.parameters())
         self.stands = self.agrees()
+        waits = any(getattr(getattr(m, "state", None), "threshold", 0) for m in self.model.modules())
+        self.captures = causal_lm(self.model).device.type == "cuda" and not waits  # LLM.int8() looks for outliers
 
     @torch.no_grad()
     def follow(self, name):
         """Take over an adapter's weights as they are now; None: the bare base."""
         for twin, layer in self.twins:
-            twin.follow(layer, name) if isinstance(twin, Beside) else merge_into(twin, layer, name)
+            if isinstance(twin, Beside):
+                twin.follow(layer, name)
+            else:
+                merge_into(twin, layer, name)
 
     @torch.no_grad()
     def agrees(self):
         """Whether the standing cache gives what transformers' own gives, on prompts that differ in length."""
-        config = causal_lm(self.model).config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        if kinds - {"full_attention"} or not kinds and getattr(config, "sliding_window", None):
+        if not sees_all(self.model):
             print("sampling goes the slow way: this model has layers that do not see all of a text")
             return False
         prompts, token = [[1, 2, 3, 4, 5], [1, 2, 6]], torch.tensor([3, 4], device=causal_lm(self.model).device)  # (2,)
@@ -227,6 +232,8 @@ class Sampler:
                 told.append(torch.stack([reader.read(token) for _ in range(2)]).float())  # (2, 2, H)
             same = torch.allclose(*told, rtol=0.05, atol=0.05 * told[0].abs().max().item())
             why = "it gives other hidden states"
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             same, why = False, type(error).__name__
         if not same:

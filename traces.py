@@ -330,7 +330,7 @@ def score_all(args, run, windows, path, settings):
     model, tokenizer = loaded or policy_model(*load)
     encode, rule, device = plain_encoder(tokenizer), rules(tokenizer, model), causal_lm(model).device
     how, signals = (args.rationale, args.reasoning_tokens, args.temperature), Signals()
-    sampler = Sampler(model, DTYPES[run["dtype"]]) if args.samples else None
+    sampler = Sampler(model, DTYPES[run["dtype"]], run.get("merge", True)) if args.samples else None
     if sampler:
         sampler.follow(player(run) if args.policy == "run" else None)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(windows), initial=len(scored), unit="window") as bar:

@@ -6,7 +6,7 @@ generator for being taken for real (and for the right length), step the generato
 
 What differs from textbook REINFORCE and textbook GANs:
 1) The generator thinks first, within a budget; thinking and completion are trained by the same reward.
-2) No ratio, no clipping: one update a batch, exactly on the policy that sampled it, so the ratio is 1.
+2) No ratio, no clipping: one update a batch, on the policy that sampled it but for its rounding (logp_gap).
 3) The KL to the reference is exact over the vocabulary at every sampled position, in the loss, not in the reward.
 4) The baseline is a moving average of batch rewards, its value from before the batch.
 5) Real and generated text reach the discriminator tokenised alike and cut to the same number of tokens.
@@ -198,7 +198,8 @@ def checkpoint():
 
 # from here on a lack of memory or of disk ends the run in one line
 size, copied = args.micro_batch or B, sum(sampler.num_bytes for sampler in samplers)
-players = (model, most, B, size), (d_model, judge.most, 2 * B * judge.samples, 2 * size)
+at_once = max(B, 32) if args.floor_sequences else B  # sequences that are sampled together
+players = (model, most, at_once, size), (d_model, judge.most, 2 * B * judge.samples, 2 * size)
 needs = memory_needs(players, num_trained, copied)
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint())
 if args.resume:  # also cuts the files back to the checkpoint, so it comes before they are opened
@@ -285,6 +286,7 @@ if args.floor_sequences and not floor.exists():
             signals.leave("before the first step", out_dir)
     sync(partial)
     partial.rename(floor)
+    samplers[0].loops.clear()  # the caches of these batches
 
 # -----------------------------------------------------------------------------
 # the loop; steps below 0 are the warm-up, in which only the discriminator learns
@@ -306,7 +308,7 @@ for step in range(first_step, args.num_steps):
     lengths = torch.tensor([length_score(n, C) for _, n in completions], device=device)  # (B,)
     reward = generator_reward(judged, lengths, args.g_reward, args.d_scale, args.azr_t)  # (B,)
 
-    # generator step: REINFORCE against the baseline from before this batch, and the KL to its reference; not in the warm-up
+    # generator step: REINFORCE against the baseline from before this batch, and the KL; not in the warm-up
     if step >= 0:
         model.set_adapter(G)
         mean_reward = reward[judged.counts].mean().item()

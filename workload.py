@@ -83,7 +83,13 @@ def quantised(layer, quant, kind):
 
 def twin(base):
     """A copy of the model that shares its weights, for adapters of its own."""
-    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    memo = {id(p): p for p in base.parameters()}
+    for module in base.modules():  # of bitsandbytes: what belongs to its weights is shared with them
+        if getattr(getattr(module, "weight", None), "CB", None) is not None:
+            module.init_8bit_state()
+        states = (module.__dict__.get(name) for name in ("state", "quant_state"))
+        memo |= {id(state): state for state in states if state is not None}
+    return copy.deepcopy(base, memo)
 
 
 def bytes_a_step(base, work):
@@ -138,6 +144,7 @@ class Players:
         self.rule, self.tokenizer, self.prompts = endless(vocab, device), numbers(vocab), prompts_of(work, vocab)
         self.truths = torch.randint(2, vocab, (work.B, work.C)).tolist()  # (B, C)
         self.random = torch.Generator(device).manual_seed(0)
+        self.parts = micro_batches(range(work.B), work.micro_batch)
 
     def standing(self):
         """Bytes that stand between two steps: weights, adapters, optimisers' states, and what else a GPU holds."""
@@ -187,7 +194,7 @@ def generator_step(players, roll, reward, clock):
     """REINFORCE and the KL to the base. Returns rows and reference states of each micro-batch."""
     work, parts, advantage = players.work, [], advantages(reward, 0.5)  # (B,)
     players.model.set_adapter(players.G)
-    for rows in micro_batches(range(players.work.B), players.work.micro_batch):
+    for rows in players.parts:
         ref_hidden = reference_hidden(players.model, roll, rows)  # (N, H)
         clock("reference")
         stats = players.stats(roll, rows, ref_hidden)  # (N,) each
@@ -205,7 +212,7 @@ def update(players, roll, clock):
     model, B, shared = players.model, players.work.B, players.G == players.D
     model.set_adapter(players.D)
     with torch.no_grad():
-        logits = torch.cat([players.judge(rows, roll.reply) for rows in micro_batches(range(players.work.B), players.work.micro_batch)])  # (B, 2)
+        logits = torch.cat([players.judge(rows, roll.reply) for rows in players.parts])  # (B, 2)
     reward = 30.0 * logits.softmax(-1)[:, REAL]  # (B,)
     clock("discriminator")
     parts = generator_step(players, roll, reward, clock)
@@ -213,7 +220,7 @@ def update(players, roll, clock):
         players.kl_now(roll, parts)
         clock("kl for the log")
     model.set_adapter(players.D)
-    for rows in micro_batches(range(players.work.B), players.work.micro_batch):
+    for rows in players.parts:
         labels = torch.tensor([REAL] * len(rows) + [1 - REAL] * len(rows), device=players.device)  # (2b,)
         verdicts = players.judge(rows, players.truths, roll.reply)  # (2b, 2)
         (discriminator_loss(verdicts, labels, "ce") * len(rows) / B).backward()  # ()
