@@ -133,9 +133,10 @@ def shuffled_labels(n, generator, device):
 
 def told_labels(judged, rows, device):
     """The labels that the texts of some rows are learnt with."""
-    first = 2 * judged.shown.index(rows[0])
-    shuffled = judged.shuffled
-    return true_labels(len(rows), device) if shuffled is None else shuffled[first:first + 2 * len(rows)]  # (2b,)
+    if judged.shuffled is None:
+        return true_labels(len(rows), device)  # (2b,)
+    places = [judged.shown.index(i) for i in rows]
+    return judged.shuffled[places + [len(judged.shown) + place for place in places]]  # (2b,)
 
 
 class Head:

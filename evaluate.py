@@ -53,7 +53,7 @@ def read_texts(out_dir):
             raise UserError(f"{out_dir}: a sequence without prefix, truth and completion; its files are damaged")
     if len(rollouts) < 4:
         raise UserError(f"{out_dir} has {len(rollouts)} sequences, and 4 are needed; "
-                        f"go on with: python train.py --resume {out_dir}")
+                        "it is no finished run of train.py")
     return rollouts, floor
 
 
@@ -158,7 +158,9 @@ def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0)
     report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores, "texts": texts}
     verdicts = [r for r in read_lines(out_dir / "verdicts.jsonl") if r["step"] >= last[0]["step"]]
     if verdicts:  # of --disc reason
-        report["reliability"] = reliability(*zip(*((r["d_value"], r["verdict"] == r["text"]) for r in verdicts)))
+        kinds = {"all texts": verdicts, "generated": [r for r in verdicts if r["text"] == "generated"]}  # these pay
+        report["reliability"] = {kind: reliability(*zip(*((r["d_value"], r["verdict"] == r["text"]) for r in rows)))
+                                 for kind, rows in kinds.items()}
     if curve:
         report["curve"] = over_the_run(rollouts, curve, seeds, featurize)
     write_json(out_dir / "result.json", result)
@@ -266,8 +268,8 @@ def print_table(out_dir, report):
     if report["kl"] is not None:
         print(f"  KL to the reference         {report['kl']:.3f} nats a token")
     print_texts(report["texts"])
-    if "reliability" in report:
-        print_reliability(*report["reliability"])
+    for kind, told in report.get("reliability", {}).items():
+        print_reliability(kind, *told)
 
 
 def print_texts(texts):
@@ -286,9 +288,10 @@ def print_texts(texts):
         line(f"audit, {name}", [f"{told[name][0]:.0%}" if told else "" for told in audits])
 
 
-def print_reliability(rows, error):
-    """Print how far `d_value` held in the verdicts of the last steps."""
-    print(f"\n  {'d_value':18s}{'verdicts':>10s}{'its mean':>10s}{'right':>10s}   off by {error:.3f} on average")
+def print_reliability(kind, rows, error):
+    """Print how far `d_value` held in the verdicts of the last steps, on one kind of texts."""
+    label = f"d_value, {kind}"
+    print(f"\n  {label:20s}{'verdicts':>8s}{'its mean':>10s}{'right':>10s}   off by {error:.3f} on average")
     for low, high, count, mean, share in rows:
         print(f"  {f'{low:.1f} to {high:.1f}':18s}{count:10d}{mean:10.3f}{share:10.3f}")
 

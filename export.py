@@ -143,7 +143,7 @@ def load_base(name):
 
 def sampling(model, tokenizer, sources):
     """A generation_config that samples as the runs did; the base's own where there is no run, or they differ."""
-    temperatures = {source.run.get("temperature") for source in sources if source.run}
+    temperatures = {source.run.get("temperature", 1.0) for source in sources if source.run}  # sft.py has none: 1
     temperature = temperatures.pop() if len(temperatures) == 1 else None
     if not isinstance(temperature, (int, float)):
         return model.generation_config

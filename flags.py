@@ -85,13 +85,13 @@ class Parser(argparse.ArgumentParser):
 
     def going_on(self, args, may_change, needed=NEEDED):
         """The flags of the run that --resume names, and those on the command line, which may be few."""
-        given = [word.removeprefix("--") for word in self.given()]
-        another = [f"--{name}" for name in given if name not in (*may_change, "resume")]
+        given = {word: word.removeprefix("--").removeprefix("no-") for word in self.given()}
+        another = [word for word, name in given.items() if name not in (*may_change, "resume")]
         if another:
             raise UserError(f"--resume goes on with the run's own flags; {' '.join(another)} would make it another "
                             f"run; only --{', --'.join(may_change)} may change")
         run = self.checked(read_args(args.resume, needed), args.resume)
-        return run, {name: getattr(args, name) for name in given}
+        return run, {name: getattr(args, name) for name in given.values()}
 
     def error(self, message):
         raise UserError(message)

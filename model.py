@@ -59,10 +59,11 @@ def memory_gb(device):
 
 def memory_needs(players, num_trained, merged=0):
     """What a run takes, roughly, in GiB by purpose; players: (model, tokens of a sequence, sequences sampled at once,
-    sequences a pass of the update), in turn. Of two models both stay in memory, cache and activations of one at a time.
+    sequences a pass of the update), in turn. Weights and caches of both stay in memory, activations of one at a time.
 
     Adapters are fp32, with gradients and two moments. A layer of Qwen3 keeps about 23 numbers of H a token for the
-    backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16). merged: bytes of the copy that samples.
+    backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16), or its input alone. merged: bytes of the copies
+    that sample.
     """
     frozen, cache, activations = {}, [], []
     for model, num_tokens, num_sampled, num_passed in players:
@@ -72,8 +73,9 @@ def memory_needs(players, num_trained, merged=0):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = base.get_output_embeddings().weight.element_size()
         cache.append(2 * config.num_hidden_layers * heads * head_dim * size * num_sampled * num_tokens)
-        activations.append(23 * size * config.hidden_size * config.num_hidden_layers * num_passed * num_tokens)
-    parts = {"weights": sum(frozen.values()), "merged copy": merged, "adapters": 16 * num_trained, "cache": max(cache),
+        kept = 1 if getattr(base, "is_activation_checkpointing", False) else 23
+        activations.append(kept * size * config.hidden_size * config.num_hidden_layers * num_passed * num_tokens)
+    parts = {"weights": sum(frozen.values()), "merged copy": merged, "adapters": 16 * num_trained, "cache": sum(cache),
              "activations": max(activations)}
     return {purpose: size / 2**30 for purpose, size in parts.items()}
 

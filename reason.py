@@ -5,7 +5,7 @@ The discriminator that reasons: shown a prefix and one completion, it thinks wit
 What differs from the textbook:
 1. It learns by the generator's policy gradient: 1 for a right verdict, 0 for a wrong one or for words that are none.
    The baseline is `d_value`, a value head's chance that the verdict will be right, from the end of the prompt, before
-   a thought. The head learns by cross-entropy, and each text weighs as much in it as one sampled token.
+   a thought. The head learns by cross-entropy, a mean over the texts (`--d_value_coef` times), as in PPO.
 2. No ratio: where both players share an adapter, the generator's step lies between a verdict and its lesson.
 3. The KL to the base keeps the verdict the coin that it was until the text tells: without it all verdicts soon were one
    word, from which nothing is learnt any more.
@@ -40,10 +40,12 @@ def parsed(reply):
 
 def cut_alike(encode, sep, truth, completion, most):
     """Both texts cut to the same number of tokens, at most `most`, as tokenised behind sep; None where one is empty."""
-    texts = [clip(encode, sep, text, most) for text in (truth, completion)]
-    while texts[0][1] != texts[1][1]:  # more than once where the end of a cut text is tokenised in another way
-        texts = [clip(encode, sep, text, min(n for _, n in texts)) for text, _ in texts]
-    return tuple(text for text, _ in texts) if texts[0][1] else None
+    texts = [clip(encode, sep, text, most)[0] for text in (truth, completion)]
+    sizes = [clip(encode, sep, text, most)[1] for text in texts]
+    while sizes[0] != sizes[1]:  # more than once where the end of a cut text is tokenised in another way
+        texts = [clip(encode, sep, text, min(sizes))[0] for text in texts]
+        sizes = [clip(encode, sep, text, most)[1] for text in texts]
+    return tuple(texts) if sizes[0] else None
 
 
 def summary(rows):
@@ -57,7 +59,7 @@ def summary(rows):
         d_parsed=mean(row["verdict"] is not None for row in rows),
         d_num_think=mean(row["n_think"] for row in rows),
         d_think_empty=mean(not row["think"].strip() for row in rows),
-        d_acc_immediate=mean(row["immediate"] == row["text"] for row in rows))
+        d_acc_immediate=mean(row["immediate"] for row in rows))
 
 
 class Verdicts(NamedTuple):
@@ -66,7 +68,7 @@ class Verdicts(NamedTuple):
     ends: torch.Tensor       # (2n,) where each prompt's last token stands
     said: torch.Tensor       # (2n,) REAL, 1 - REAL or UNPARSED
     value: torch.Tensor      # (2n,) d_value
-    immediate: torch.Tensor  # (2n,) REAL or 1 - REAL, whichever word is the likelier right after an empty thinking
+    immediate: torch.Tensor  # (2n,) chance that it would say `real`, of the two words, right after an empty thinking
 
 
 class Reason:
@@ -74,14 +76,16 @@ class Reason:
     files, samples = ("verdicts",), True
 
     def __init__(self, model, tokenizer, num_tokens, micro_batch, loss_scale, shuffle, sampler, adapter, batch_size,
-                 think_tokens, temperature, kl_coef, detach):
+                 think_tokens, temperature, kl_coef, value_coef, detach, reference):
         """num_tokens: most of a prefix and of a completion. sampler, adapter: of the model, to write verdicts with.
-        batch_size: B, for the constant under the loss. detach: the value's loss moves the value head alone.
+        batch_size: B, for the constants under the losses. value_coef: of the value's loss; detach: which then moves the
+        value head alone. reference: name of the KL's frozen adapter, as a list; []: the base.
         """
         self.sampler, self.adapter = sampler, adapter
         self.model, self.tokenizer, self.encode = model, tokenizer, plain_encoder(tokenizer)
         self.device, self.rule, self.micro_batch = causal_lm(model).device, rules(tokenizer, model), micro_batch
         self.loss_scale, self.shuffle, self.kl_coef, self.detach = loss_scale, shuffle, kl_coef, detach
+        self.value_scale, self.reference = value_coef / (2 * batch_size), reference
         self.think_tokens, self.temperature, self.completion_tokens = think_tokens, temperature, num_tokens[1]
         words = [[i for i, (_, end) in zip(*self.encode("\n\n" + WORDS[label])) if end > 2] for label in (0, 1)]
         first = next(i for i, (a, b) in enumerate(zip(*words)) if a != b)  # where the two words begin to differ
@@ -112,13 +116,14 @@ class Reason:
         roll = rollout(self.sampler, prompts, self.rule, *budgets, self.temperature, generator)
         said = torch.tensor([parsed(self.decode(ids)) for ids in roll.reply], device=self.device)  # (2n,)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)  # (2n,)
-        value, immediate = torch.zeros(len(prompts), device=self.device), torch.zeros_like(said)  # (2n,) each
+        value, immediate = (torch.zeros(len(prompts), device=self.device) for _ in range(2))  # (2n,) each
         for texts in micro_batches(range(len(prompts)), 2 * self.micro_batch):
             ids = pad([prompts[k] + self.opening for k in texts], 0, self.device)  # (2b, T)
             hidden = hidden_states(self.model, ids, roll.shared)  # (2b, T, H)
             value[texts] = self.value_logits(hidden, ends[texts]).sigmoid()  # (2b,)
             last = hidden[torch.arange(len(texts), device=self.device), ends[texts] + len(self.opening)]  # (2b, H)
-            immediate[texts] = head_logits(self.model, last)[:, self.choice].argmax(-1)  # (2b,)
+            logits = head_logits(self.model, last)[:, self.choice].float() / (self.temperature or 1.0)  # (2b, 2)
+            immediate[texts] = logits.softmax(-1)[:, REAL]  # (2b,)
         return Verdicts(roll, ends, said, value, immediate)
 
     @torch.no_grad()
@@ -147,13 +152,13 @@ class Reason:
         texts = [first + i for first in (place, n + place) for i in range(len(rows))]
         reward = (own.said[texts] == told_labels(judged, rows, self.device)).float()  # (2b,)
         advantage = reward - own.value[texts]  # (2b,)
-        ref_hidden = reference_hidden(self.model, own.roll, texts) if self.kl_coef else None  # (N, H)
+        ref_hidden = reference_hidden(self.model, own.roll, texts, *self.reference) if self.kl_coef else None
         hidden = hidden_states(self.model, own.roll.ids[texts], own.roll.shared)  # (2b, T, H)
         stats = sampled_stats(self.model, own.roll, texts, self.rule, self.temperature, ref_hidden, hidden)  # (N,)
         each = advantage.repeat_interleave(own.roll.sampled[texts].sum(1))  # (N,)
         loss = policy_loss(stats.logp, stats.kl, each, self.kl_coef, self.num_positions)  # ()
         logits = self.value_logits(hidden, own.ends[texts])  # (2b,)
-        loss += F.binary_cross_entropy_with_logits(logits, reward, reduction="sum") / self.num_positions  # ()
+        loss += self.value_scale * F.binary_cross_entropy_with_logits(logits, reward, reduction="sum")  # ()
         right = own.said[texts] == true_labels(len(rows), self.device)  # (2b,)
         return self.loss_scale * loss, right.float().view(2, -1).sum(1).cpu()  # (), (2,)
 
@@ -162,8 +167,9 @@ class Reason:
         own, n, rows = judged.own, len(judged.shown), []
         for k in range(2 * n):
             think, reply = self.decode(own.roll.think[k]), self.decode(own.roll.reply[k])
+            at_once = own.immediate[k].item() if k < n else 1 - own.immediate[k].item()  # chance to be right
             rows.append(dict(
                 step=step, row=judged.shown[k % n], text=WORDS[REAL if k < n else 1 - REAL],
-                verdict=WORDS.get(own.said[k].item()), immediate=WORDS[own.immediate[k].item()],
+                verdict=WORDS.get(own.said[k].item()), immediate=at_once,
                 d_value=own.value[k].item(), think=think, reply=reply, n_think=len(own.roll.think[k])))
         return summary(rows), {"verdicts": rows}

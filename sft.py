@@ -85,8 +85,8 @@ from checkpoint import (Signals, claim, hold, json_lines, last_words, provenance
 from data import bos_ids, plain_encoder, prompt_ids
 from lessons import (NONE, PARTS, SLACK, batch_of, held_out_loss, plain_text, read_traces, split, taught_nats,
                      taught_trace)
-from model import (adapter_parameters, add_adapters, causal_lm, checked_device, load_model, load_tokenizer, memory_gb,
-                   memory_needs)
+from model import (adapter_parameters, add_adapters, checked_device, load_model, load_tokenizer, memory_gb,
+                   memory_needs, positions)
 from rollout import rules
 
 # -----------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def lesson(trace, plain):
 lessons = {plain: [lesson(trace, plain) for trace in train] for plain in (False, True)}
 exam = [lesson(trace, plain) for plain in (False, True) for trace in held_out[:args.eval_lines or None]]
 most = max(len(one.ids) for one in lessons[False] + lessons[True] + exam)
-room = getattr(causal_lm(model).config, "max_position_embeddings", most)
+room = positions(model)
 if most > room:
     raise UserError(f"--model {args.model} has {room} positions and a lesson takes up to {most}; lower "
                     "--reasoning_tokens or --completion_tokens, or make traces with shorter prefixes")
@@ -290,4 +290,5 @@ if exam:
     if not state["best_step"]:
         print("note: no evaluation was better than the start, whose adapter is left; lower --lr, or give more traces",
               file=sys.stderr)
-print(f"{out_dir}: its adapter is in {out_dir}/ckpt/{G}; the next round: python train.py --init {out_dir}")
+print(f"{out_dir}: its adapter is in {out_dir}/ckpt/{G}; the next round: "
+      f"python train.py --preset {args.preset} --init {out_dir}")

@@ -263,11 +263,11 @@ def policy_model(folder, run, policy, device, reasoning_tokens):
     from safetensors import SafetensorError
 
     from data import plain_encoder
-    from model import add_adapters, causal_lm, checked_device, load_adapters, load_model
+    from model import add_adapters, checked_device, load_adapters, load_model, positions
     model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], checked_device(device))
     num_prompt = len(rationale_ids(tokenizer, plain_encoder(tokenizer), "", ""))
     most = num_prompt + run["prefix_tokens"] + 2 * run["completion_tokens"] + reasoning_tokens
-    room = getattr(causal_lm(model).config, "max_position_embeddings", most)
+    room = positions(model)
     if most > room:
         raise UserError(f"--model {run['model']} has {room} positions, and to be shown prefix and truth and to think "
                         f"takes it up to {most}; lower --reasoning_tokens")

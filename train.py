@@ -79,6 +79,7 @@ add("--d_loss_scale", type=float, default=1.0, help="factor of the discriminator
 add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last state or the mean")
 add("--d_think_tokens", type=int, default=None, help="of --disc reason (unset: as reasoning_tokens; 0: none)")
 add("--d_kl_coef", type=float, default=0.2, help="as --kl_coef, of --disc reason (0: no reference pass)")
+add("--d_value_coef", type=float, default=0.5, help="weight of the value head's loss, of --disc reason")
 add("--d_value_detach", action=Switch, default=False, help="the value head of --disc reason trains itself alone")
 add("--d_warmup", type=int, default=0, help="steps before step 0 in which only the discriminator learns")
 add("--d_shuffle", action=Switch, default=False, help="control: the discriminator learns from shuffled labels")
@@ -145,7 +146,8 @@ featurizer(args.featurizer, model, tokenizer, "cpu")  # one that cannot be had f
 
 # players: two adapters on one model, one in both roles, or two models
 G, D = ("shared", "shared") if args.adapters == "shared" else ("generator", "discriminator")
-REF = ["reference"] if args.init and args.init_ref == "sft" and args.kl_coef else []  # a frozen copy; []: the base
+has_kl = args.kl_coef or G == D and args.disc == "reason" and args.d_kl_coef
+REF = ["reference"] if args.init and args.init_ref == "sft" and has_kl else []  # a frozen copy; []: the base
 model = add_adapters(model, ([G] if G == D or args.d_model else [G, D]) + REF, args.rank, args.alpha)
 if args.init and not args.resume:
     start_from(args.init, model, [G, *REF])
@@ -159,8 +161,8 @@ for lm in models if args.grad_ckpt else []:
 samplers = [Sampler(lm, DTYPES[args.dtype], args.merge) for lm in (models if args.disc == "reason" else [model])]
 common = d_model, d_tokenizer, (args.prefix_tokens, C), args.micro_batch, args.d_loss_scale, args.d_shuffle
 judge = (Head(*common, args.d_pool, args.d_loss) if args.disc == "head" else
-         Reason(*common, samplers[-1], D, B, args.d_think_tokens, args.temperature, args.d_kl_coef,
-                args.d_value_detach))
+         Reason(*common, samplers[-1], D, B, args.d_think_tokens, args.temperature, args.d_kl_coef, args.d_value_coef,
+                args.d_value_detach, REF if G == D else []))
 most = len(prompt_ids(tokenizer, encode, "")) + args.prefix_tokens + R + len(rule.close) + C + args.echo_tokens
 for name, lm, need in ((args.model, model, most), (args.d_model or args.model, d_model, judge.most)):
     if need > positions(lm):
@@ -369,9 +371,10 @@ for step in range(first_step, args.num_steps):
         told, logs = judge.tell(judged, step)
         row = dict(
             step=step, reward=mean_reward, p_real=judged.p_real[judged.read].mean().item(),
-            length_score=lengths.mean().item(), baseline=baseline, advantage_sd=advantage.std(correction=0).item(),
-            g_loss=g_loss, kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g,
-            kl_after_d=kl_after_d, entropy=stats.entropy.mean().item(),
+            length_score=lengths.mean().item(), baseline=baseline,
+            advantage_sd=advantage[judged.counts].std(correction=0).item(), g_loss=g_loss,
+            kl=stats.kl.mean().item() if args.kl_coef else None, kl_after_g=kl_after_g, kl_after_d=kl_after_d,
+            entropy=stats.entropy.mean().item(),
             logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
             d_loss=d_loss, d_acc_real=d_acc_real, d_acc_generated=d_acc_generated,
             g_grad_norm=g_grad_norm, d_grad_norm=d_grad_norm, g_lr=args.g_lr * lr_factor, d_lr=args.d_lr * lr_factor,

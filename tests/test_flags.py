@@ -26,6 +26,7 @@ BAD = """
 --init no/such/run      --init=                 --init tests            --init_ref adapter
 --disc both             --d_model ./no/folder   --d_model=              --azr_t nan             --azr_t 1               --azr_t -0.1
 --d_think_tokens -1     --d_think_tokens few    --d_kl_coef -1          --d_kl_coef inf         --d_value_detach no     --disc=
+--d_value_coef -1       --d_value_coef nan
 --resume no/such/run    --resume=               --g-lr 1                --stepz 3               --rnk 3                 --num_step 3            -g_lr 3
 --merge never           --grad_ckpt 2           --optim sgd             --optim=
 """.strip()

@@ -24,7 +24,7 @@ def judge_of(tiny, **flags):
     """A Reason on the tiny model, with a value head that is not zero."""
     model, tokenizer = tiny
     model.set_adapter("discriminator")
-    flags = dict(micro_batch=0, loss_scale=1.0, shuffle=False, think_tokens=5, temperature=1.0, kl_coef=0.1, detach=False) | flags
+    flags = dict(micro_batch=0, loss_scale=1.0, shuffle=False, think_tokens=5, temperature=1.0, kl_coef=0.1, value_coef=1.0, detach=False, reference=[]) | flags
     judge = Reason(model, tokenizer, (16, 24), sampler=Sampler(model, torch.float32), adapter="discriminator", batch_size=3, **flags)
     torch.manual_seed(2)
     torch.nn.init.normal_(judge.value[1].weight)
@@ -40,7 +40,7 @@ def test_a_verdict_is_one_of_two_words_alone(reply, verdict):
 
 
 def test_a_verdicts_budget_leaves_room_to_say_too_much(demo, encode):
-    judge = Reason(*demo, (16, 24), 0, 1.0, False, None, None, 3, 0, 1.0, 0.0, False)
+    judge = Reason(*demo, (16, 24), 0, 1.0, False, None, None, 3, 0, 1.0, 0.0, 1.0, False, [])
     assert judge.verdict_tokens == max(len(encode("real")[0]), len(encode("generated")[0])) + 1
 
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_parsed_does_not_count_for_the_generator_and_is_wrong_for
 
 
 def test_the_metrics_of_verdicts_equal_hand_values():
-    row = dict(text="real", verdict="real", immediate="real", d_value=0.5, think="a", n_think=3)
+    row = dict(text="real", verdict="real", immediate=0.5, d_value=0.5, think="a", n_think=3)
     rows = [row, row | dict(verdict="generated", d_value=1.0, think=" \n"), row | dict(text="generated", verdict=None, n_think=0, d_value=0.0),
             row | dict(text="generated", verdict="generated")]
     assert summary(rows) == dict(d_value=0.5, d_brier=(0.25 + 1 + 0 + 0.25) / 4, d_parsed=0.75, d_num_think=2.25, d_think_empty=0.25,
@@ -144,5 +144,5 @@ def test_the_values_loss_reaches_the_adapter_unless_it_is_detached(detach, tiny)
     assert head.norm() > 0 and policy.norm() > 0
     assert ((adapter - policy).norm() / policy.norm() < 1e-5) == detach
     value = judged.own.value
-    entropy = -(value[[0, 2, 3, 4]].log().sum() + (1 - value[[1, 5]]).log().sum()) / judge.num_positions
+    entropy = -(value[[0, 2, 3, 4]].log().sum() + (1 - value[[1, 5]]).log().sum()) / (2 * 3)  # a mean over texts
     assert judge.loss(judged, judged.shown)[0].item() == pytest.approx((loss + entropy).item(), rel=1e-4)

@@ -81,7 +81,7 @@ def test_a_reasoning_discriminator_leaves_its_verdicts(reasoned):
             wanted = (1 - v["d_value"]) * written[v["row"]]["length_score"] if v["verdict"] else None
             assert written[v["row"]]["reward"] == (wanted if wanted is None else pytest.approx(wanted, rel=1e-5))
             assert written[v["row"]]["p_real"] == {"real": 1, "generated": 0, None: None}[v["verdict"]]
-    assert json.loads((out / "mauve.json").read_text())["reliability"][0] and "its mean" in told
+    assert json.loads((out / "mauve.json").read_text())["reliability"]["generated"][0] and "its mean" in told
 
 
 def test_the_metrics_mean_what_they_say(finished):
