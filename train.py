@@ -158,6 +158,7 @@ if args.d_model:
 models = [model] if d_model is model else [model, d_model]
 for lm in models if args.grad_ckpt else []:
     checkpoint_layers(lm)
+# what samples: a copy of a model, which follows one of its adapters
 samplers = [Sampler(lm, DTYPES[args.dtype], args.merge) for lm in (models if args.disc == "reason" else [model])]
 common = d_model, d_tokenizer, (args.prefix_tokens, C), args.micro_batch, args.d_loss_scale, args.d_shuffle
 judge = (Head(*common, args.d_pool, args.d_loss) if args.disc == "head" else
