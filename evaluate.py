@@ -52,8 +52,10 @@ def read_texts(out_dir):
         if not all(isinstance(record.get(key), str) for key in ("prefix", "truth", "completion")):
             raise UserError(f"{out_dir}: a sequence without prefix, truth and completion; its files are damaged")
     if len(rollouts) < 4:
-        raise UserError(f"{out_dir} has {len(rollouts)} sequences, and 4 are needed; "
-                        "it is no finished run of train.py")
+        advice = "it is no run of train.py"
+        if (out_dir / "rollouts.jsonl").exists():
+            advice = f"go on with: python train.py --resume {out_dir}"
+        raise UserError(f"{out_dir} has {len(rollouts)} sequences, and 4 are needed; {advice}")
     return rollouts, floor
 
 
