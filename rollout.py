@@ -105,7 +105,7 @@ class Reply:
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()  # (B, V)
         if self.temperature not in (0.0, 1.0):
             logits /= self.temperature
-        logits.masked_fill_(blocked, FORBIDDEN)
+        logits = torch.where(blocked, FORBIDDEN, logits)  # (B, V)
         drawn, logp = draw(logits, None if self.temperature == 0 else self.uniform.index_select(0, self.t)[0])  # (B,)
         token = torch.where(forced, rules.close[queue.clamp(max=L - 1)], drawn)  # (B,)
         token = torch.where(self.done, rules.pad, token)          # (B,)

@@ -50,9 +50,12 @@ class Beside(torch.nn.Module):
 
 def merge_into(merged, layer, name):
     """Write a layer's pristine weights plus one adapter's, added in fp32, into its merged twin."""
-    weight = layer.get_base_layer().weight  # (out, in)
+    weight, like_linear = layer.get_base_layer().weight, isinstance(merged, torch.nn.Linear)  # (out, in)
     if name is None:
         merged.weight.copy_(weight)
+    elif like_linear and weight.dtype == torch.float32:  # in one pass
+        up, down = layer.lora_B[name].weight, layer.lora_A[name].weight  # (out, r), (r, in)
+        torch.addmm(weight, up, down, alpha=layer.scaling[name], out=merged.weight)
     else:
         merged.weight.copy_(weight.float() + layer.get_delta_weight(name))
 
