@@ -189,6 +189,7 @@ def draw(rows, file):
         panel.set_xlabel(axis)
         panel.set_xlim(0)
         panel.set_ylim(0)
+        panel.locator_params(axis="x", nbins=5)
         if len(keys) > 1:
             panel.legend()
     save(lambda out: fig.savefig(out, dpi=110, format="png"), file)
