@@ -15,7 +15,7 @@ from data import plain_encoder
 from model import add_adapters, load_model
 
 SHARED = ROOT.parent / "shared" / "data"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # other work may be on the cores, and two threads that wait for each other are slow then
 
 
 def shared(name):
