@@ -4,8 +4,8 @@ Speed and memory beside what else a user would pick: one table, and with --json 
 What differs from the textbook:
 1. A ratio is between calls that were taken in turn in this run: its median, and the least and the most of --repeats.
 2. Both sides do the same work: weights, adapters, prompts, lengths, batch and threads are the same, and nothing ends
-   early, as the end is an id that no model here can draw. A rollout decodes one token more than it draws, the forced
-   end of its thinking; that costs us time and is not counted as a token.
+   early, as the end is an id that no model here can draw. A rollout reads one token more than it draws, the forced end
+   of its thinking; that costs us time and is not counted as a token.
 3. The floor of a decode step is the time to read weights and cache once, at the speed of a large copy on this device.
 4. Memory is the most that was allocated above what stood before: CUDA's counter, or a trace of torch's CPU allocator.
 

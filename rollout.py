@@ -75,6 +75,7 @@ class Reply:
         self.rules, self.R, self.C, self.temperature = rules, reasoning_tokens, completion_tokens, temperature
         self.weight, self.bias = weight, bias  # (V, H), (V,) or None
         self.budget = reasoning_tokens + len(rules.close) + completion_tokens
+        self.given = rules.close.tolist() if reasoning_tokens == 0 else []  # what is forced first is read, not written
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(*shape, dtype=dtype, device=rules.close.device)
@@ -89,9 +90,13 @@ class Reply:
 
     def reset(self, uniform):
         self.uniform.copy_(uniform)
-        for tensor in (self.t, self.done, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
+        for tensor in (self.done, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
             tensor.zero_()
-        self.thinking.fill_(True)
+        self.t.fill_(len(self.given))
+        self.out["alive"][:, :len(self.given)] = True
+        if self.given:
+            self.out["ids"][:, :len(self.given)] = self.rules.close
+        self.thinking.fill_(self.R > 0)
         self.queue.fill_(len(self.rules.close))
 
     def advance(self, hidden):
@@ -134,8 +139,9 @@ class Loop:
         self.reader, self.reply, self.graph, self.captures = reader, reply, None, captures
 
     def begin(self, prompts, uniform):
-        """Read the prompts and write the first token."""
+        """Read the prompts, and the closing where nothing is thought, and write the first token."""
         self.reply.reset(uniform)
+        prompts = [prompt + self.reply.given for prompt in prompts]
         self.reply.advance(self.reader.begin(prompts, self.reply.rules.pad))
 
     def step(self):
@@ -182,7 +188,7 @@ def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperat
     if loop.captures:
         model.captures = loop.capture()
         loop.begin(prompts, uniform)
-    for t in range(1, budget):
+    for t in range(len(loop.reply.given) + 1, budget):
         if (uniform.device.type == "cpu" or t % 16 == 0) and bool(loop.reply.done.all()):  # asking a GPU means waiting
             break
         loop.step()
@@ -198,7 +204,7 @@ def loop_for(model, settings, rows, width):
         return model.loops[key]
     source = model.model if isinstance(model, Sampler) else model
     reply = Reply(rows, *settings, *head_weights(source, settings[0].blocked.shape[1]))
-    captures = stands and model.captures and reply.budget > 3  # the first token, and two to warm up
+    captures = stands and model.captures and reply.budget - len(reply.given) > 3  # the first token, and two to warm up
     loop = Loop(Standing(source, rows, width, captures) if stands else Growing(source), reply, captures)
     if stands:  # a few shapes take turns; the caches of others are let go
         model.loops = dict([*model.loops.items()][-5:]) | {key: loop}

@@ -7,6 +7,7 @@ What differs from the textbook:
    adapter beside it in the compute dtype.
 2. Keys and values are written in place: on a CPU attention sees the columns in use, in a CUDA graph always all of them.
 3. What all prompts begin with is read once, by one row.
+4. Of all but a prompt's last token the last layer's keys and values are enough: what follows them is not computed.
 
 Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden, D of a head.
 """
@@ -104,6 +105,10 @@ class Growing:
         return out.last_hidden_state[:, -1]  # (B, H)
 
 
+class Enough(Exception):
+    """The last layer's keys and values are written."""
+
+
 class Slab(CacheLayerMixin):
     """Keys and values of one layer, (B, heads, W, D) from the start. Its owner says which columns are being written."""
 
@@ -126,6 +131,8 @@ class Slab(CacheLayerMixin):
         else:
             self.keys.index_copy_(2, at, keys)
             self.values.index_copy_(2, at, values)
+        if self.owner.fills and self is self.owner.cache.layers[-1]:
+            raise Enough
         return self.keys[:, :, :end], self.values[:, :, :end]  # (B, heads, end, D) each
 
     def get_seq_length(self):
@@ -150,34 +157,47 @@ class Standing:
         self.place = torch.zeros(rows, 1, dtype=torch.long, device=device)  # (B, 1)
         self.column = torch.zeros(1, dtype=torch.long, device=device)       # (1,) the one that is written next
         self.reads_all = reads_all  # columns, in use or not: for a CUDA graph, in which every shape must stay
+        self.fills = False  # the cache, and needs no hidden states
 
     def begin(self, prompts, pad_id):
         """Read the prompts: hidden states (B, H) of their last tokens."""
-        device = self.mask.device
-        S = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        ids, seen, place = left_padded([prompt[S:] for prompt in prompts], pad_id, device)  # (B, P) each
+        device, blocked = self.mask.device, torch.finfo(self.mask.dtype).min
+        heads = [prompt[:-1] for prompt in prompts]
+        S = len(os.path.commonprefix(heads))
+        ids, seen, place = left_padded([head[S:] for head in heads], pad_id, device)  # (B, P) each
+        P = ids.shape[1]
         if self.reads_all:  # columns beyond the used ones are read too, and 0 times infinity is nan
             for slab in (slab for slab in self.cache.layers if slab.is_initialized):
                 slab.keys.zero_()
                 slab.values.zero_()
-        P, blocked = ids.shape[1], torch.finfo(self.mask.dtype).min
         if S:
             head = DynamicCache()
-            self.model(input_ids=torch.tensor([prompts[0][:S]], device=device), past_key_values=head, use_cache=True)
+            self.model(input_ids=torch.tensor([heads[0][:S]], device=device), past_key_values=head, use_cache=True)
             self.at, self.end = slice(0, S), S
             for slab, layer in zip(self.cache.layers, head.layers):
                 slab.update(layer.keys, layer.values)
-        allowed = torch.ones(P, P, dtype=torch.bool, device=device).tril() & seen.bool()[:, None]  # (B, P, P)
-        allowed |= torch.eye(P, dtype=torch.bool, device=device)  # a row of padding that sees nothing would be nan
-        mask = torch.zeros(len(prompts), 1, P, S + P, dtype=self.mask.dtype, device=device)  # (B, 1, P, S + P)
-        mask[:, 0, :, S:].masked_fill_(~allowed, blocked)
-        self.mask.fill_(blocked)
-        self.mask[..., :S + P] = mask[:, :, -1:]
         self.at, self.end = slice(S, S + P), S + P
-        hidden = self.forward(ids, mask, place + S)  # (B, H)
-        self.place.copy_(place[:, -1:] + S)
+        if P:
+            allowed = torch.ones(P, P, dtype=torch.bool, device=device).tril() & seen.bool()[:, None]  # (B, P, P)
+            allowed |= torch.eye(P, dtype=torch.bool, device=device)  # a row of padding that sees nothing would be nan
+            mask = torch.zeros(len(prompts), 1, P, S + P, dtype=self.mask.dtype, device=device)  # (B, 1, P, S + P)
+            mask[:, 0, :, S:].masked_fill_(~allowed, blocked)
+            self.fill(ids, mask, place + S)
+        self.mask.fill_(blocked)
+        self.mask[..., :S] = 0
+        self.mask[:, 0, 0, S:S + P].masked_fill_(seen.bool(), 0)
+        self.place.copy_(torch.tensor([[len(head) - 1] for head in heads]))
         self.column.fill_(S + P - 1)
-        return hidden
+        return self.read(torch.tensor([prompt[-1] for prompt in prompts], device=device))  # (B, H)
+
+    def fill(self, ids, mask, place):
+        self.fills = True
+        try:
+            self.forward(ids, mask, place)
+        except Enough:
+            pass
+        finally:
+            self.fills = False
 
     def read(self, token):
         """Read one token a row: (B,) to hidden states (B, H)."""

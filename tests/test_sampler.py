@@ -141,6 +141,29 @@ def test_a_standing_cache_reads_the_same_however_wide_it_is(tiny):
     torch.testing.assert_close(told[0], told[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompts", [
+    [[7], [9]], [[7], [9, 8, 7]], [[5, 6, 7]] * 2, [[5, 6], [5, 6, 7, 8]], [[5, 6, 7, 8], [5, 6]], [[5, 6, 7, 1], [5, 6, 7, 2]],
+], ids=str)
+def test_a_standing_cache_reads_prompts_of_any_shape(prompts, tiny):
+    """Of one token, alike, one the beginning of the other: against transformers' own cache."""
+    model, _ = tiny
+    tokens, told = torch.randint(5, 4000, (4, 2)), []  # (4, B)
+    for reader in (Growing(model), Standing(model, 2, BUCKET), Standing(model, 2, BUCKET, reads_all=True)):
+        with torch.no_grad():
+            told.append(torch.stack([reader.begin(prompts, 0), *map(reader.read, tokens)]))  # (5, B, H)
+    torch.testing.assert_close(told[0], told[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(told[0], told[2], rtol=1e-4, atol=1e-5)
+
+
+def test_the_prompt_is_not_read_through_the_last_layer(tiny):
+    model, tokenizer = tiny
+    sampler, seen = fast(model), []
+    sampler.model.base_model.layers[-1].mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
+    apart = [prompt[i:] for i, prompt in enumerate(prompts_of(tokenizer))]  # no beginning in common
+    rollout(sampler, apart, rules(tokenizer, model), 0, 4, 0)
+    assert set(seen) == {1}
+
+
 def test_draws_have_the_models_probabilities():
     torch.manual_seed(0)
     logits = torch.randn(1, 6)
