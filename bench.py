@@ -96,7 +96,7 @@ from plot import COLOURS, figure, save
 from rivals import HAS_FUSED, HAS_TRL, compare_logps, compare_steps
 from rollout import rollout
 from sampler import Sampler
-from workload import SHAPES, Players, Work, build, bytes_a_step, endless, prompts_of, qwen3, twin, update
+from workload import SHAPES, Players, Work, build, bytes_a_step, endless, learn, prompts_of, qwen3, twin
 
 
 # -----------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def step(players, repeats, device):
         clock = Clock(device)
         roll = players.sample()
         clock("sample")
-        update(players, roll, clock)
+        learn(players, roll, clock)
         return clock.spent
 
     whole()  # makes the optimisers' states
@@ -166,11 +166,11 @@ def points(work, most_tokens, most_vocab):
 def scale(players, device):
     """Seconds of the second step, sampling and update, and the memory of the first one's update."""
     roll = players.sample()
-    memory = peak_of(lambda: update(players, roll, lambda phase: None), device)
+    memory = peak_of(lambda: learn(players, roll, lambda phase: None), device)
     clock = Clock(device)
     roll = players.sample()
     clock("sample")
-    update(players, roll, lambda phase: None)
+    learn(players, roll, lambda phase: None)
     clock("update")
     return {**clock.spent, "update_gib": memory}
 

@@ -10,6 +10,7 @@ Letters: B sequences, T tokens, N chosen positions (n in a chunk of them, K kind
 """
 import contextlib
 import logging
+import math
 import pathlib
 import resource
 import sys
@@ -268,6 +269,24 @@ def micro_batches(rows, size):
     """Lists of at most `size` of the row numbers (0: all in one)."""
     rows = list(rows)
     return [rows[first:first + (size or len(rows))] for first in range(0, len(rows), size or len(rows) or 1)]
+
+
+def update(optimizer, lr, grad_clip, state):
+    """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped.
+
+    The gradients are those of the loss times state["loss_scale"], which is halved where they overflow, as fp16's do.
+    """
+    (group,) = optimizer.param_groups
+    for p in (p for p in group["params"] if p.grad is not None):
+        p.grad /= state["loss_scale"]
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], grad_clip).item()
+    group["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    else:
+        norm, state["loss_scale"] = None, max(state["loss_scale"] / 2, 1.0)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 # -----------------------------------------------------------------------------

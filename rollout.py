@@ -180,6 +180,7 @@ def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperat
     At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop
     id. temperature 0 is greedy. `generator` makes it reproducible on one device.
     """
+    assert completion_tokens > 0, "there is nothing to write"
     B, settings = len(prompts), (rules, reasoning_tokens, completion_tokens, temperature)
     budget = reasoning_tokens + len(rules.close) + completion_tokens
     uniform = torch.rand(budget, B, dtype=torch.double, generator=generator, device=rules.close.device)  # (budget, B)

@@ -17,7 +17,7 @@ import weakref
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from model import causal_lm, pad, sees_all
@@ -127,13 +127,13 @@ class Slab(CacheLayerMixin):
             self.lazy_initialization(keys, values)
         at, end = self.owner.at, self.owner.end
         if isinstance(at, slice):
-            self.keys[:, :, at], self.values[:, :, at] = keys, values  # a shared head is one row: it is broadcast
+            self.keys[:, :, at], self.values[:, :, at] = keys, values  # what all rows share is one row: it is broadcast
         else:
             self.keys.index_copy_(2, at, keys)
             self.values.index_copy_(2, at, values)
         if self.owner.fills and self is self.owner.cache.layers[-1]:
             raise Enough
-        return self.keys[:, :, :end], self.values[:, :, :end]  # (B, heads, end, D) each
+        return self.keys[:len(keys), :, :end], self.values[:len(keys), :, :end]  # (B or 1, heads, end, D) each
 
     def get_seq_length(self):
         return 0  # positions and mask are given: nobody needs to count
@@ -155,14 +155,13 @@ class Standing:
         self.cache = Cache(layers=[Slab(owner) for _ in range(config.num_hidden_layers)])
         self.mask = torch.zeros(rows, 1, 1, width, dtype=weight.dtype, device=device)  # (B, 1, 1, W) added
         self.place = torch.zeros(rows, 1, dtype=torch.long, device=device)  # (B, 1)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)       # (1,) the one that is written next
+        self.column = torch.zeros(1, dtype=torch.long, device=device)       # (1,) the one that was written last
         self.reads_all = reads_all  # columns, in use or not: for a CUDA graph, in which every shape must stay
         self.fills = False  # the cache, and needs no hidden states
 
     def begin(self, prompts, pad_id):
         """Read the prompts: hidden states (B, H) of their last tokens."""
-        device, blocked = self.mask.device, torch.finfo(self.mask.dtype).min
-        heads = [prompt[:-1] for prompt in prompts]
+        device, heads = self.mask.device, [prompt[:-1] for prompt in prompts]
         S = len(os.path.commonprefix(heads))
         ids, seen, place = left_padded([head[S:] for head in heads], pad_id, device)  # (B, P) each
         P = ids.shape[1]
@@ -171,29 +170,27 @@ class Standing:
                 slab.keys.zero_()
                 slab.values.zero_()
         if S:
-            head = DynamicCache()
-            self.model(input_ids=torch.tensor([heads[0][:S]], device=device), past_key_values=head, use_cache=True)
-            self.at, self.end = slice(0, S), S
-            for slab, layer in zip(self.cache.layers, head.layers):
-                slab.update(layer.keys, layer.values)
-        self.at, self.end = slice(S, S + P), S + P
+            self.fill(*left_padded([heads[0][:S]], pad_id, device), 0)
         if P:
-            allowed = torch.ones(P, P, dtype=torch.bool, device=device).tril() & seen.bool()[:, None]  # (B, P, P)
-            allowed |= torch.eye(P, dtype=torch.bool, device=device)  # a row of padding that sees nothing would be nan
-            mask = torch.zeros(len(prompts), 1, P, S + P, dtype=self.mask.dtype, device=device)  # (B, 1, P, S + P)
-            mask[:, 0, :, S:].masked_fill_(~allowed, blocked)
-            self.fill(ids, mask, place + S)
-        self.mask.fill_(blocked)
+            self.fill(ids, seen, place, S)
+        self.mask.fill_(torch.finfo(self.mask.dtype).min)
         self.mask[..., :S] = 0
         self.mask[:, 0, 0, S:S + P].masked_fill_(seen.bool(), 0)
         self.place.copy_(torch.tensor([[len(head) - 1] for head in heads]))
         self.column.fill_(S + P - 1)
+        self.end = S + P
         return self.read(torch.tensor([prompt[-1] for prompt in prompts], device=device))  # (B, H)
 
-    def fill(self, ids, mask, place):
-        self.fills = True
+    def fill(self, ids, seen, place, S):
+        """Write the keys and values of ids (b, P) behind S columns that all rows share; one row is written to all."""
+        (b, P), device = ids.shape, ids.device
+        allowed = torch.ones(P, P, dtype=torch.bool, device=device).tril() & seen.bool()[:, None]  # (b, P, P)
+        allowed |= torch.eye(P, dtype=torch.bool, device=device)  # a row of padding that sees nothing would be nan
+        mask = torch.zeros(b, 1, P, S + P, dtype=self.mask.dtype, device=device)  # (b, 1, P, S + P)
+        mask[:, 0, :, S:].masked_fill_(~allowed, torch.finfo(mask.dtype).min)
+        self.at, self.end, self.fills = slice(S, S + P), S + P, True
         try:
-            self.forward(ids, mask, place)
+            self.forward(ids, mask, place + S)
         except Enough:
             pass
         finally:

@@ -86,7 +86,7 @@ from data import bos_ids, plain_encoder, prompt_ids
 from lessons import (NONE, PARTS, SLACK, batch_of, held_out_loss, plain_text, read_traces, split, taught_nats,
                      taught_trace)
 from model import (adapter_parameters, add_adapters, checked_device, load_model, load_tokenizer, memory_gb,
-                   memory_needs, positions)
+                   memory_needs, positions, update)
 from rollout import rules
 
 # -----------------------------------------------------------------------------
@@ -210,21 +210,6 @@ def examine(step):
     return found
 
 
-def update(lr):
-    """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
-    (group,) = optimizer.param_groups
-    for p in params:
-        p.grad /= state["loss_scale"]
-    norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip).item()
-    group["lr"] = lr
-    if math.isfinite(norm):
-        optimizer.step()
-    else:
-        norm, state["loss_scale"] = None, max(state["loss_scale"] / 2, 1.0)  # fp16 overflowed: less next time
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 # -----------------------------------------------------------------------------
 # the loop
 if exam and state["start"] is None:
@@ -241,7 +226,7 @@ while state["step"] < args.num_steps and not 0 < args.patience <= state["stale"]
         (some.sum() / num_tokens * state["loss_scale"]).backward()
         nats, counts = nats + some.detach().cpu(), counts + count.cpu()  # (4,) each
     whole = False
-    grad_norm = update(lr)
+    grad_norm = update(optimizer, lr, args.grad_clip, state)
     t1 = time.time()
     state["bad_steps"] = state["bad_steps"] + 1 if grad_norm is None else 0
     if 0 < args.max_bad_steps <= state["bad_steps"]:

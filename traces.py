@@ -12,22 +12,20 @@ What differs from rationalisation in STaR (Zelikman et al. 2022, arXiv 2203.1446
 1) No answer is right or wrong, so a trace is kept for its lift: log p(truth | prefix, trace) - log p(truth | prefix,
    empty trace) in nats a token of the truth, under the generator's own prompt, at temperature 1; always above 0.
 2) Thoughts that rollouts had before they wrote something else compete with those made with the truth in sight.
-3) What gives the truth away word for word is dropped, see `longest_quote`.
+3) What gives the truth away word for word is dropped, see `num_quoted` in selection.py.
 
 Letters: N tokens of truths, H hidden.
 """
-import collections
 import hashlib
 import json
 import os
 import pathlib
 import random
 import re
-import statistics
-import unicodedata
 
 from evaluate import read_lines
 from flags import Parser, UserError, check_device, read_args
+from selection import LIMITS, SHORTEST, num_quoted, print_report, report, select, words
 
 # how the model is asked for the reasoning: the user's turn is the generator's, the truth stands before it
 RATIONALISE = """<|im_start|>system
@@ -47,12 +45,10 @@ Think as if you had not seen them: do not quote them, and do not mention that th
 <think>
 """
 SAME = "model prefix_tokens reasoning_tokens completion_tokens echo_tokens".split()  # of runs that are used together
-LIMITS = "min_lift max_quote min_think max_think max_reuse".split()  # flags that only select
-FILTERS = "repeated length quote lift reuse beaten".split()  # why a candidate is dropped, in this order
 
 
 # -----------------------------------------------------------------------------
-# texts: which windows there are, and what a trace quotes of its truth
+# which windows there are
 
 def read_windows(folders, max_windows, seed):
     """The windows of some runs, in the order in which they first occur, each with the thoughts that were had on it."""
@@ -72,122 +68,6 @@ def read_windows(folders, max_windows, seed):
         chosen = random.Random(f"windows {seed}").sample(range(len(windows)), max_windows)
         windows = [windows[i] for i in sorted(chosen)]
     return windows
-
-
-def words(text):
-    """A text but for its white space: two that agree in this are duplicates."""
-    return " ".join(text.split())
-
-
-def letters(text):
-    """A text without white space, case and typographic variants, as quotes are looked for."""
-    return "".join(unicodedata.normalize("NFKD", text).casefold().split())
-
-
-def longest_quote(encode, prefix, truth, think):
-    """The most consecutive tokens of the truth that stand in a trace, and not in the prefix, which it may quote.
-
-    The truth is cut into tokens as plain text. The trace may break the same words into other tokens, so a run of the
-    truth's tokens is quoted where its letters stand in the trace, whatever the case and the white space between them.
-    Tokens of white space alone do not count.
-    """
-    pieces, last = [], 0
-    for start, end in encode(truth)[1]:  # the tokens of one character share its span: it is counted once
-        pieces.append(letters(truth[max(start, last):end]))
-        last = max(last, end)
-    pieces = [piece for piece in pieces if piece]
-    said, known = letters(think), letters(prefix)
-    longest, end = 0, 0
-    for start in range(len(pieces)):  # end never falls: what follows the start of a quote is a quote
-        end = max(start, end)
-        while end < len(pieces) and "".join(pieces[start:end + 1]) in said:
-            end += 1
-        if end - start > longest and "".join(pieces[start:end]) not in known:
-            longest = end - start
-    return longest
-
-
-# -----------------------------------------------------------------------------
-# which traces are kept. A scored window: prefix, sep, truth, n_truth, logp_empty, repeated, candidates; a candidate:
-# source, run, think, n_think, quote, logp
-
-def lift(window, candidate):
-    return candidate["logp"] - window["logp_empty"]
-
-
-def fault(window, candidate, limits):
-    """The filter that a candidate does not pass, or None."""
-    n, most = candidate["n_think"], limits["max_think"]
-    if n < limits["min_think"] or most and n > most:
-        return "length"
-    if limits["max_quote"] and candidate["quote"] > limits["max_quote"]:
-        return "quote"
-    return None if lift(window, candidate) > limits["min_lift"] else "lift"  # this way round nan is dropped as well
-
-
-def select(scored, limits):
-    """(traces, number of candidates dropped by each filter): of each window the candidate with the most lift.
-
-    One text serves at most max_reuse windows, those in which it has the most lift; others take their next best.
-    """
-    dropped = dict.fromkeys(FILTERS, 0) | {"repeated": sum(window["repeated"] for window in scored)}
-    passed, best, uses = [], {}, collections.Counter()
-    for number, window in enumerate(scored):
-        for candidate in window["candidates"]:
-            why = fault(window, candidate, limits)
-            if why:
-                dropped[why] += 1
-            else:
-                passed.append((lift(window, candidate), number, candidate))
-    for _, number, candidate in sorted(passed, key=lambda row: -row[0]):
-        text = words(candidate["think"])
-        if number in best:
-            dropped["beaten"] += 1
-        elif limits["max_reuse"] and uses[text] >= limits["max_reuse"]:
-            dropped["reuse"] += 1
-        else:
-            best[number] = candidate
-            uses[text] += 1
-    return [trace(scored[number], best[number]) for number in sorted(best)], dropped
-
-
-def trace(window, candidate):
-    """One line of traces.jsonl."""
-    row = window | candidate | {"lift": lift(window, candidate)}
-    return {key: row[key] for key in
-            "prefix sep truth think source lift logp logp_empty n_think n_truth run".split()}
-
-
-def spread(lifts):
-    """Mean, quantiles and share above 0 of some lifts."""
-    ranked = sorted(lifts)
-    quantiles = {f"p{q}": ranked[min(len(ranked) * q // 100, len(ranked) - 1)] for q in (10, 25, 75, 90)}
-    return dict(number=len(lifts), mean=statistics.fmean(lifts), median=statistics.median(lifts), **quantiles,
-                positive=sum(x > 0 for x in lifts) / len(lifts))
-
-
-def report(scored, traces, dropped):
-    """How many candidates from which source, their lift before and after the filters, and what each filter took."""
-    before, after = {"all": []}, {"all": []}
-    rows = [(before, candidate["source"], lift(window, candidate)) for window in scored
-            for candidate in window["candidates"]]
-    for lifts, source, value in rows + [(after, kept["source"], kept["lift"]) for kept in traces]:
-        lifts["all"].append(value)
-        lifts.setdefault(source, []).append(value)
-    told = {name: {source: spread(values) for source, values in lifts.items() if values}
-            for name, lifts in (("before", before), ("after", after))}
-    return dict(num_windows=len(scored), num_candidates=len(rows) + dropped["repeated"], num_traces=len(traces),
-                dropped=dropped, lift=told)
-
-
-def print_report(out, told):
-    rows = [(f"{name}, {source}", row) for name, rows in told["lift"].items() for source, row in rows.items()]
-    numbers = [told[f"num_{what}"] for what in ("traces", "windows", "candidates")]
-    print("\n{}: {} traces for {} windows, of {} candidates".format(out, *numbers))
-    print("  dropped: " + ", ".join(f"{name} {count}" for name, count in told["dropped"].items()))
-    print(f"  {'lift, nats a token':22s}" + "".join(f"{column:>9s}" for column in rows[0][1] if rows))
-    for label, row in rows:
-        print(f"  {label:22s}" + "".join(f"{x:9d}" if isinstance(x, int) else f"{x:9.3f}" for x in row.values()))
 
 
 # -----------------------------------------------------------------------------
@@ -241,7 +121,7 @@ def score(model, tokenizer, encode, rule, batch, completion_tokens):
             think = encode(candidate["think"])[0]
             rows.append((prompt, think, truth))
             candidate["n_think"] = len(think) if candidate["think"].strip() else 0
-            candidate["quote"] = longest_quote(encode, window["prefix"], window["truth"], candidate["think"])
+            candidate["quote"] = num_quoted(encode, window["prefix"], window["truth"], candidate["think"])
         scored.append({key: window[key] for key in ("prefix", "sep", "truth")} | dict(
             n_truth=len(truth), repeated=len(window["thoughts"]) - len(candidates), candidates=candidates))
     parts = [rows[first:first + len(batch)] for first in range(0, len(rows), len(batch))]
@@ -374,7 +254,8 @@ def read_flags():
     add("--device", default=None, help="cuda, cpu, ... (unset: the run's)")
     # filters
     add("--min_lift", type=float, default=0.0, help="nats a token of the truth that a trace must exceed")
-    add("--max_quote", type=int, default=8, help="most consecutive tokens of the truth that a trace may hold (0: any)")
+    add("--max_quote", type=int, default=8, help=f"most tokens of the truth that a trace may quote, {SHORTEST} or more "
+        "at a time (0: any)")
     add("--min_think", type=int, default=1, help="fewest tokens of a trace")
     add("--max_think", type=int, default=None, help="most tokens of a trace (unset: --reasoning_tokens; 0: any)")
     add("--max_reuse", type=int, default=2, help="most windows that one and the same text may serve (0: any)")
@@ -400,6 +281,9 @@ def check(args):
     if args.rationale is None:
         args.rationale = "think" if runs[0]["preset"] == "demo" else "reply"  # the demo's base knows no instructions
     args.reasoning_tokens = args.reasoning_tokens or runs[0]["reasoning_tokens"]
+    if args.samples and not args.reasoning_tokens:
+        raise UserError(f"--reasoning_tokens 0, as in {args.runs[0]}: say how many a rationalisation may take, 1 or "
+                        "more, or use the rollouts' thoughts alone with --samples 0")
     args.max_think = args.reasoning_tokens if args.max_think is None else args.max_think
     args.device = args.device or runs[0]["device"]
     check_device(args.device)
@@ -413,7 +297,7 @@ def main():
     windows = read_windows(args.runs, args.max_windows, args.seed)
     if not windows:
         raise UserError(f"{' '.join(args.runs)}: no rollouts in it yet; train it first")
-    digest = hashlib.blake2b(json.dumps(windows).encode(), digest_size=8)
+    digest = hashlib.blake2b(json.dumps([windows, SHORTEST]).encode(), digest_size=8)
     adapter = pathlib.Path(args.runs[0], "ckpt", player(run), "adapter_model.safetensors")
     if args.policy == "run":
         if not adapter.exists():

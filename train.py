@@ -65,9 +65,8 @@ add("--optim", choices=["adam", "adam8bit"], default="adam", help="adam8bit: mom
 add("--beta1", type=float, default=0.95, help="of both Adams")
 add("--beta2", type=float, default=0.95, help="of both Adams")
 add("--grad_clip", type=float, default=1.0, help="largest gradient norm of an update")
-add("--g_reward", choices=["prob", "neglog", "azr"], default="prob",
-    help="p_real, -log(1 - p_real), or 1 - d_value where that is above azr_t; times the length score")
-add("--azr_t", type=float, default=0.125, help="of --g_reward azr; a d_value up to this earns nothing")
+add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real), 1 - d_value")
+add("--azr_t", type=float, default=0.125, help="of --g_reward azr: a d_value up to this earns nothing")
 add("--d_scale", type=float, default=30.0, help="factor of the reward, against the KL")
 add("--kl_coef", type=float, default=0.05, help="nats of loss a nat of KL to the reference (0: no such pass)")
 add("--ema_decay", type=float, default=0.9, help="of the baseline")
@@ -124,7 +123,7 @@ from evaluate import evaluate
 from features import featurizer
 from measures import distinct
 from model import (DTYPES, TokenStats, adapter_parameters, add_adapters, checked_device, checkpoint_layers, load_model,
-                   load_tokenizer, memory_gb, memory_needs, micro_batches, positions)
+                   load_tokenizer, memory_gb, memory_needs, micro_batches, positions, update)
 from reason import Reason
 from reward import advantages, ema, generator_reward, length_score, policy_loss
 from rollout import complete, keyed, reference_hidden, rules, sampled_stats, taught
@@ -201,7 +200,7 @@ def checkpoint():
 
 # from here on a lack of memory or of disk ends the run in one line
 size, copied = args.micro_batch or B, sum(sampler.num_bytes for sampler in samplers)
-at_once = max(B, 32) if args.floor_sequences else B  # sequences that are sampled together
+at_once = max(B, 32) if args.floor_sequences else B  # of the floor: decoding many at once costs next to nothing
 players = (model, most, at_once, size), (d_model, judge.most, 2 * B * judge.samples, 2 * size)
 needs = memory_needs(players, num_trained, copied)
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint())
@@ -221,7 +220,7 @@ print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained of "
 
 
 # -----------------------------------------------------------------------------
-# the loop's verbs; they read the names above, and only `update` changes any of it: weights and state["loss_scale"]
+# the loop's verbs; they read the names above, and none of them trains anything
 random_for = functools.partial(keyed, device, args.seed)  # (purpose, number): a step can be sampled again
 stats_of = functools.partial(sampled_stats, model, rules=rule, temperature=args.temperature)  # the generator's
 
@@ -248,21 +247,6 @@ def kl_now(roll, parts):
         return torch.cat(kl).mean().item()
 
 
-def update(optimizer, lr, grad_clip):
-    """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
-    (group,) = optimizer.param_groups
-    for p in (p for p in group["params"] if p.grad is not None):
-        p.grad /= state["loss_scale"]
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], grad_clip).item()
-    group["lr"] = lr
-    if math.isfinite(norm):
-        optimizer.step()
-    else:
-        norm, state["loss_scale"] = None, max(state["loss_scale"] / 2, 1.0)  # fp16 overflowed: less next time
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 def give_up(records):
     """End a run whose updates are not finite any more, with the last batch's records beside it."""
     write_whole(out_dir / "bad_step.jsonl", json_lines(records))
@@ -275,12 +259,12 @@ def give_up(records):
 # the floor: what the bare base model writes for the very prefixes that the run will end with
 total, floor, partial = args.num_steps * B, out_dir / "floor.jsonl", out_dir / "floor.partial"
 if args.floor_sequences and not floor.exists():
-    begin, size = max(total - args.floor_sequences, 0), max(B, 32)  # decoding many at once costs next to nothing
+    begin = max(total - args.floor_sequences, 0)
     done = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.exists() else []  # of a stopped run
-    done = done[:len(done) // size * size]
+    done = done[:len(done) // at_once * at_once]
     write_whole(partial, "".join(line + "\n" for line in done))
-    for first in tqdm(range(begin + len(done), total, size), desc="floor"):
-        batch = [stream[position] for position in range(first, min(first + size, total))]
+    for first in tqdm(range(begin + len(done), total, at_once), desc="floor"):
+        batch = [stream[position] for position in range(first, min(first + at_once, total))]
         roll, completions = sample(batch, None, random_for("floor", first))
         with open(partial, "a", encoding="utf-8") as file:
             rows = (record((first + i) // B, batch[i], roll, i, *completions[i]) for i in range(len(batch)))
@@ -305,7 +289,8 @@ for step in range(first_step, args.num_steps):
     num_drawn = roll.sampled.sum().item()
     t1 = time.time()
 
-    # reward: what the discriminator, as it stands, makes of the completions; an empty one earns 0 and is not shown
+    # reward: what the discriminator, as it stands, makes of the completions; an empty one is not `shown` and earns 0,
+    # one whose verdict cannot be `read` does not take part in this step (`counts`)
     d_model.set_adapter(D)
     judged = judge.look(batch, completions, random_for, step)
     lengths = torch.tensor([length_score(n, C) for _, n in completions], device=device)  # (B,)
@@ -335,7 +320,7 @@ for step in range(first_step, args.num_steps):
         whole = False
         if math.isfinite(mean_reward):
             state.update(baseline=ema(state["baseline"], mean_reward, args.ema_decay), variance=variance)
-        g_grad_norm = update(g_optimizer, args.g_lr * lr_factor, args.grad_clip)
+        g_grad_norm = update(g_optimizer, args.g_lr * lr_factor, args.grad_clip, state)
         kl_after_g = kl_now(roll, parts) if G == D and args.kl_coef else None
 
     # discriminator step: the real and the generated text of every prefix
@@ -347,7 +332,7 @@ for step in range(first_step, args.num_steps):
         d_loss += loss.item()
         right += found  # (2,)
     whole = False
-    d_grad_norm = update(d_optimizer, args.d_lr * lr_factor, args.grad_clip)
+    d_grad_norm = update(d_optimizer, args.d_lr * lr_factor, args.grad_clip, state)
     kl_after_d = kl_now(roll, parts) if G == D and args.kl_coef and step >= 0 else None
     d_acc_real, d_acc_generated = (right / max(len(judged.shown), 1)).tolist()
     t2 = time.time()

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from discriminator import Discriminator, discriminator_loss
-from model import DTYPES, adapter_parameters, add_adapters, hidden_states, micro_batches, pad
+from model import DTYPES, adapter_parameters, add_adapters, hidden_states, micro_batches, pad, update
 from reward import REAL, advantages, policy_loss
 from rollout import Rules, reference_hidden, rollout, sampled_stats
 from sampler import Sampler
@@ -144,6 +144,7 @@ class Players:
         self.rule, self.tokenizer, self.prompts = endless(vocab, device), numbers(vocab), prompts_of(work, vocab)
         self.truths = torch.randint(2, vocab, (work.B, work.C)).tolist()  # (B, C)
         self.random = torch.Generator(device).manual_seed(0)
+        self.state = {"loss_scale": 1.0}
         self.parts = micro_batches(range(work.B), work.micro_batch)
 
     def standing(self):
@@ -182,14 +183,6 @@ class Players:
             return torch.cat([self.stats(roll, *part).kl for part in parts]).mean().item()
 
 
-def step_of(optimizer):
-    """Clip, step, zero."""
-    (group,) = optimizer.param_groups
-    torch.nn.utils.clip_grad_norm_(group["params"], GRAD_CLIP).item()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def generator_step(players, roll, reward, clock):
     """REINFORCE and the KL to the base. Returns rows and reference states of each micro-batch."""
     work, parts, advantage = players.work, [], advantages(reward, 0.5)  # (B,)
@@ -202,12 +195,12 @@ def generator_step(players, roll, reward, clock):
         policy_loss(stats.logp, stats.kl, each, KL_COEF, work.B * (work.R + work.C)).backward()  # ()
         parts.append((rows, ref_hidden))
         clock("generator")
-    step_of(players.g_optimizer)
+    update(players.g_optimizer, LR, GRAD_CLIP, players.state)
     clock("optimiser")
     return parts
 
 
-def update(players, roll, clock):
+def learn(players, roll, clock):
     """Reward, generator step, discriminator step, and the KL for the log."""
     model, B, shared = players.model, players.work.B, players.G == players.D
     model.set_adapter(players.D)
@@ -225,7 +218,7 @@ def update(players, roll, clock):
         verdicts = players.judge(rows, players.truths, roll.reply)  # (2b, 2)
         (discriminator_loss(verdicts, labels, "ce") * len(rows) / B).backward()  # ()
     clock("discriminator")
-    step_of(players.d_optimizer)
+    update(players.d_optimizer, LR, GRAD_CLIP, players.state)
     clock("optimiser")
     if shared:
         players.kl_now(roll, parts)

@@ -13,7 +13,7 @@ from conftest import ROOT
 from model import adapter_parameters, add_adapters
 from rollout import rollout
 from test_scripts import run
-from workload import SHAPES, Players, Work, build, bytes_a_step, endless, numbers, qwen3, twin, update
+from workload import SHAPES, Players, Work, build, bytes_a_step, endless, learn, numbers, qwen3, twin
 
 TINY = ("--model tiny-random --batch_size 4 --prompt_tokens 8 --reasoning_tokens 2 --completion_tokens 6 --repeats 2 --rank 4 "
         "--vocab 300 --hidden 16 --positions 40").split()
@@ -109,7 +109,7 @@ def test_a_step_trains_both_players_and_counts_every_phase(adapters, tiny_base):
     clock = Clock(CPU)
     for _ in range(2):  # the head starts at zero, so that the discriminator's adapter learns from the second step on
         roll = players.sample()
-        update(players, roll, clock)
+        learn(players, roll, clock)
     assert roll.sampled.sum() == 5 * 8 and [len(reply) for reply in roll.reply] == [6] * 5
     assert all(p.any() for p in weights)  # all of them started at zero
     assert set(clock.spent) - {"kl for the log"} == {"discriminator", "reference", "generator", "optimiser"}
@@ -137,7 +137,7 @@ def test_a_model_is_built_quantised_layer_by_layer(quant, kind):
     assert not any(p.requires_grad for p in model.parameters())
     players = Players(model, "generator", "generator", 4, 2.0, Work(2, 8, 0, 4), CPU)
     assert sum(isinstance(part, (Linear4bit, Linear8bitLt)) for part in players.model.modules()) == 2 * 7
-    update(players, players.sample(), lambda phase: None)
+    learn(players, players.sample(), lambda phase: None)
 
 
 def test_the_random_qwen3_8b_has_the_published_size():

@@ -4,7 +4,7 @@ from peft.tuners.lora import LoraLayer
 
 import model as model_file
 from model import (Wide, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, reference, token_logps,
-                   without_adapters)
+                   update, without_adapters)
 
 
 class Head:
@@ -236,3 +236,18 @@ def test_a_shared_beginning_is_read_once_with_the_same_states_and_gradients(tiny
     torch.testing.assert_close(told[0][0], told[1][0], rtol=1e-4, atol=1e-5)
     for a, b in zip(told[0][1], told[1][1], strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm(), (a - b).norm() / a.norm()
+
+
+def test_an_update_unscales_clips_and_leaves_the_weights_where_a_gradient_is_not_finite():
+    p, unused = (torch.nn.Parameter(torch.tensor([1.0, 1.0])) for _ in range(2))
+    optimizer, state = torch.optim.SGD([p, unused], lr=9.0), {"loss_scale": 4.0}
+    p.grad = torch.tensor([12.0, 16.0])  # of the loss: 3 and 4, norm 5; clipped to a half: 0.3 and 0.4
+    assert update(optimizer, 0.1, 0.5, state) == pytest.approx(5.0) and state == {"loss_scale": 4.0}
+    torch.testing.assert_close(p.detach(), torch.tensor([0.97, 0.96]), rtol=1e-5, atol=1e-6)
+    assert p.grad is None and unused.tolist() == [1.0, 1.0]
+    p.grad = torch.tensor([float("inf"), 0.0])
+    assert update(optimizer, 0.1, 0.5, state) is None and state == {"loss_scale": 2.0}
+    torch.testing.assert_close(p.detach(), torch.tensor([0.97, 0.96]), rtol=1e-5, atol=1e-6)
+    for wanted in (1.0, 1.0):
+        p.grad = torch.tensor([float("nan"), 0.0])
+        assert update(optimizer, 0.1, 0.5, state) is None and state == {"loss_scale": wanted}

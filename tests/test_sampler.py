@@ -160,7 +160,8 @@ def test_the_prompt_is_not_read_through_the_last_layer(tiny):
     sampler, seen = fast(model), []
     sampler.model.base_model.layers[-1].mlp.register_forward_hook(lambda _, inputs, out: seen.append(out.shape[1]))
     apart = [prompt[i:] for i, prompt in enumerate(prompts_of(tokenizer))]  # no beginning in common
-    rollout(sampler, apart, rules(tokenizer, model), 0, 4, 0)
+    for prompts in (prompts_of(tokenizer), prompts_of(tokenizer)[:1] * 3, apart):
+        rollout(sampler, prompts, rules(tokenizer, model), 0, 4, 0)
     assert set(seen) == {1}
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT
 from data import plain_encoder, prompt_ids
 from model import adapter_parameters, add_adapters, causal_lm, load_model
 from rollout import Rules, rules
+from selection import lift, num_quoted, report, select, spread
 from test_scripts import lines, run
 
 KEYS = "prefix sep truth think source lift logp logp_empty n_think n_truth run".split()
@@ -48,7 +49,7 @@ def test_the_lift_equals_the_one_worked_out_by_hand():
     thought = (2 - math.log(2 * e + e ** 2 + 1) - math.log(2 * e + e ** 3 + 1)) / 2
     found = traces.mean_logps(Reader(), rule, [[0]] * 2, [[], [2, 2]], [[2, 3]] * 2)
     assert found == pytest.approx([empty, thought], abs=1e-6)
-    assert traces.lift({"logp_empty": found[0]}, {"logp": found[1]}) == pytest.approx(thought - empty, abs=1e-6)
+    assert lift({"logp_empty": found[0]}, {"logp": found[1]}) == pytest.approx(thought - empty, abs=1e-6)
     forbidden = rule._replace(blocked=torch.tensor([[False] * 4, [True, False, False, False]]))  # 0 may not be written
     assert traces.mean_logps(Reader(), forbidden, [[0]], [[]], [[2, 3]]) == pytest.approx(
         [(-math.log(e + 2) - math.log(2 * e + 1)) / 2], abs=1e-6)
@@ -101,20 +102,33 @@ TRUTH = "The cat sat on the mat, and then\n    it went to sleep in the warm sun.
     ("", 0, 0),
 ])
 def test_a_quote_is_found_however_it_is_spaced_and_an_innocent_trace_is_not_one(think, low, high, encode):
-    assert low <= traces.longest_quote(encode, "Once upon a time", TRUTH, think) <= high
+    assert low <= num_quoted(encode, "Once upon a time", TRUTH, think) <= high
+
+
+def test_many_short_quotes_are_a_long_one_and_single_words_are_none(encode):
+    pieces = "first the cat sat on the mat, which is plain; later: went to sleep in the warm, as one sees"
+    assert num_quoted(encode, "x", TRUTH, pieces) > num_quoted(encode, "x", TRUTH, pieces.split(";")[0]) >= 5
+    assert num_quoted(encode, "x", TRUTH, "sun, warm, sleep, mat, cat") == 0
 
 
 def test_what_the_prefix_says_may_be_quoted(encode):
     prefix = "We know that the cat sat on the mat, and then it left."
     think = "the cat sat on the mat, and then"
-    assert traces.longest_quote(encode, "Once", TRUTH, think) > 6 and traces.longest_quote(encode, prefix, TRUTH, think) == 0
-    assert traces.longest_quote(encode, prefix, TRUTH, think + " it went to sleep in the warm") > 6
+    assert num_quoted(encode, "Once", TRUTH, think) > 6 and num_quoted(encode, prefix, TRUTH, think) == 0
+    assert num_quoted(encode, prefix, TRUTH, think + " it went to sleep in the warm") > 6
+
+
+def test_only_what_goes_beyond_the_prefix_is_counted_and_a_number_is_one_token(encode):
+    prefix = "We know that the cat sat on the mat, and then it left."
+    assert 0 < num_quoted(encode, prefix, TRUTH, "the cat sat on the mat, and then it went") <= 6
+    assert num_quoted(encode, "x", "in 1987 and 2019", "1987 or 2019") == 0
+    assert num_quoted(encode, "x", "we don\u2019t \u2014 as ever \u2014 know", "don't - as ever - know") > 4
 
 
 def test_quotes_without_spaces_and_characters_of_several_tokens_are_counted_once(encode):
     assert len(encode("\U0001f600")[0]) > 1
-    assert traces.longest_quote(encode, "x", "\U0001f600\U0001f601\U0001f602", "\U0001f600\U0001f601") == 2
-    assert traces.longest_quote(encode, "x", "日本語の文章です", "これは日本語の文章") == 6
+    assert num_quoted(encode, "x", "\U0001f600\U0001f601\U0001f602", "\U0001f600\U0001f601", 2) == 2
+    assert num_quoted(encode, "x", "日本語の文章です", "これは日本語の文章") == 6
 
 
 def scored_window(number, candidates, empty=-3.0):
@@ -129,21 +143,21 @@ def test_the_best_trace_that_passes_every_filter_is_kept_and_all_others_are_coun
         scored_window(2, [("b", 3, 0, -2.9)]),
         scored_window(3, [("b ", 3, 0, -2.8), ("i", 3, 0, -2.95)]),
     ]
-    kept, dropped = traces.select(scored, LIMITS)
+    kept, dropped = select(scored, LIMITS)
     assert [(row["truth"], row["think"], row["lift"]) for row in kept] == [("t0", "b", 1.0), ("t3", "b ", pytest.approx(0.2))]
     assert dropped == dict(repeated=0, length=2, quote=1, lift=3, reuse=1, beaten=2)  # of t2 nothing is left
     assert all(list(row) == KEYS and row["lift"] == row["logp"] - row["logp_empty"] > 0 for row in kept)
-    kept, dropped = traces.select(scored, LIMITS | dict(max_reuse=1))
+    kept, dropped = select(scored, LIMITS | dict(max_reuse=1))
     assert [row["think"] for row in kept] == ["b", "i"] and dropped["reuse"] == 2
-    kept, _ = traces.select(scored, dict(min_lift=0.15, max_quote=0, min_think=0, max_think=0, max_reuse=0))
+    kept, _ = select(scored, dict(min_lift=0.15, max_quote=0, min_think=0, max_think=0, max_reuse=0))
     assert [row["think"] for row in kept] == ["c", "b "]
-    told = traces.report(scored, *traces.select(scored, LIMITS))
+    told = report(scored, *select(scored, LIMITS))
     assert told["num_candidates"] == 11 == sum(told["dropped"].values()) + told["num_traces"]
     assert told["lift"]["after"]["all"]["mean"] == told["lift"]["after"]["rollout"]["median"] == pytest.approx(0.6)
 
 
 def test_the_spread_of_lifts_equals_the_one_by_hand():
-    assert traces.spread([3.0, -1.0, 0.0, 2.0]) == dict(number=4, mean=1.0, median=1.0, p10=-1.0, p25=0.0, p75=3.0, p90=3.0, positive=0.5)
+    assert spread([3.0, -1.0, 0.0, 2.0]) == dict(number=4, mean=1.0, median=1.0, p10=-1.0, p25=0.0, p75=3.0, p90=3.0, positive=0.5)
 
 
 # -----------------------------------------------------------------------------
@@ -250,12 +264,17 @@ def test_the_bare_base_scores_otherwise_and_several_runs_give_their_thoughts(fin
     ("RUN --samples -1", "--samples"), ("RUN --batch_size 0", "--batch_size"), ("RUN --min_think 0", "--min_think"), ("RUN --polcy base", "did you mean --policy?"),
     ("RUN --device tpu", "--device"), ("RUN OTHER", "--completion_tokens 13"), ("EMPTY", "no rollouts"), ("DAMAGED", "rollouts.jsonl"),
     ("RUN --out THERE", "--out"), ("BARE", "--policy base"), ("RUN --reasoning_tokens 500", "--reasoning_tokens"), ("TORN", "--policy base"),
+    ("MUTE", "--samples 0"),
 ])
 def test_a_mistake_ends_in_one_line_and_leaves_no_file(flags, wanted, made, tmp_path, monkeypatch, capsys):
-    for name in {"OTHER", "EMPTY", "DAMAGED", "BARE", "TORN"} & set(flags.split()):
+    for name in {"OTHER", "EMPTY", "DAMAGED", "BARE", "TORN", "MUTE"} & set(flags.split()):
         shutil.copytree(made, tmp_path / name)
     if "OTHER" in flags:
         (tmp_path / "OTHER" / "args.json").write_text((made / "args.json").read_text().replace('"completion_tokens": 12', '"completion_tokens": 13'))
+    if "MUTE" in flags:
+        run_flags = json.loads((made / "args.json").read_text())
+        run_flags["args"]["reasoning_tokens"] = 0
+        (tmp_path / "MUTE" / "args.json").write_text(json.dumps(run_flags))
     for name, change in dict(EMPTY=lambda f: [(f / "rollouts.jsonl").write_text(""), (f / "floor.jsonl").unlink()], BARE=lambda f: shutil.rmtree(f / "ckpt"),
                              DAMAGED=lambda f: (f / "rollouts.jsonl").write_text('{"prefix": 1}\n'),
                              TORN=lambda f: (f / "ckpt/generator/adapter_model.safetensors").write_bytes(b"torn")).items():
