@@ -2,6 +2,7 @@
 import csv
 import fcntl
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_the_write_ups_table_leads_to_its_run_05(tmp_path):
 def test_the_write_ups_step_may_have_had_any_length_near_ours(step):
     factors = sweep.read_factors(FACTORS, sweep.train_flags())
     assert sweep.ascend(factors, [0.01125, 0.01075, 0.01225], step) == [3e-5, 2e-4, 30]
-    exact = sweep.steepest(factors, [0.01125, 0.01075, 0.01225])
+    exact = design.steepest(factors, [0.01125, 0.01075, 0.01225])
     assert exact == pytest.approx([2.60e-5, 1.66e-4, 31.6], rel=3e-3)
 
 
@@ -147,7 +148,7 @@ def test_every_design_is_balanced_orthogonal_and_its_aliases_are_equal_columns(k
     assert not any(map(sum, columns)) and len({tuple(row) for row in plan.rows}) == len(plan.rows)
 
     def column(letters):
-        return [sweep.math.prod(row["ABCDEFG".index(x)] for x in letters) for row in plan.rows]
+        return [math.prod(row["ABCDEFG".index(x)] for x in letters) for row in plan.rows]
 
     assert all(column(one) == column(other) for one, other in plan.aliases.items())
     assert len(plan.aliases) == (2 ** (k - 1) - 1 if k > 2 else 0)
