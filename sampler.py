@@ -8,6 +8,7 @@ What differs from the textbook:
 2. Keys and values are written in place: on a CPU attention sees the columns in use, in a CUDA graph always all of them.
 3. What all prompts begin with is read once, by one row.
 4. Of all but a prompt's last token the last layer's keys and values are enough: what follows them is not computed.
+5. On a CPU attention from one token a row is two plain products: torch's kernel is made for many tokens.
 
 Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden, D of a head.
 """
@@ -17,8 +18,10 @@ import weakref
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from model import causal_lm, pad, sees_all
 
@@ -74,7 +77,26 @@ def sampling_copy(model, dtype, merge):
     twin = copy.deepcopy(base, memo)
     if getattr(twin, "is_activation_checkpointing", False):
         twin.activation_checkpointing_disable()
+    if twin.device.type == "cpu" and twin.config._attn_implementation == "sdpa":
+        twin.set_attn_implementation("products")
     return twin, twins
+
+
+def products(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """transformers' sdpa; plain products where `Standing` reads a token a row: query (B, heads, 1, D), key and value
+    (B, fewer heads, S, D), a mask (B, 1, 1, S) to add.
+    """
+    (B, heads, T, D), few, mask = query.shape, key.shape[1], attention_mask
+    unlike = any(kwargs.get(name) is not None for name in ("position_bias", "softcap"))
+    if unlike or T > 1 or mask is None or not mask.is_floating_point() or mask.shape[1] > 1:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    query = query.reshape(B, few, heads // few, D) * (D ** -0.5 if scaling is None else scaling)
+    share = (query @ key.transpose(2, 3) + mask).softmax(-1, dtype=torch.float)  # (B, few, heads / few, S)
+    return (share.to(value.dtype) @ value).reshape(B, 1, heads, D), None
+
+
+AttentionInterface.register("products", products)
+AttentionMaskInterface.register("products", sdpa_mask)
 
 
 # -----------------------------------------------------------------------------

@@ -4,11 +4,12 @@ import copy
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from conftest import shared
 from model import DTYPES, FORBIDDEN, add_adapters, causal_lm, checkpoint_layers, hidden_states, load_model
 from rollout import Rules, draw, loop_for, rollout, rules
-from sampler import BUCKET, Beside, Growing, Sampler, Standing
+from sampler import BUCKET, Beside, Growing, Sampler, Standing, products
 from test_rollout import learner_logps, make_unequal, prompts_of
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the CUDA graph cannot be tested")
@@ -163,6 +164,30 @@ def test_the_prompt_is_not_read_through_the_last_layer(tiny):
     for prompts in (prompts_of(tokenizer), prompts_of(tokenizer)[:1] * 3, apart):
         rollout(sampler, prompts, rules(tokenizer, model), 0, 4, 0)
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), ("bf16", 2e-2)])
+@pytest.mark.parametrize("heads, few", [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("T", [1, 5])
+def test_attention_by_plain_products_is_sdpa(heads, few, T, dtype, tolerance):
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(2, n, m, 8).to(DTYPES[dtype]) for n, m in ((heads, T), (few, 9), (few, 9)))
+    mask = torch.zeros(2, 1, T, 9, dtype=query.dtype)
+    mask[0, ..., :4] = mask[1, ..., 7:] = torch.finfo(mask.dtype).min
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // few, True
+    for scaling in (None, 0.3):
+        told = products(module, query, keys, values, mask, scaling=scaling)[0]
+        expected = sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
+        assert told.shape == expected.shape == (2, T, heads, 8)
+        torch.testing.assert_close(told, expected, rtol=tolerance, atol=tolerance)
+    told, unmasked = (products(module, query, keys, values, m)[0] for m in (mask, None))
+    assert not torch.allclose(told, unmasked, atol=0.05), "the mask did nothing"
+
+
+def test_only_the_copy_on_a_cpu_attends_by_plain_products(tiny):
+    assert fast(tiny[0]).model.config._attn_implementation == "products"
+    assert causal_lm(tiny[0]).config._attn_implementation == "sdpa"
 
 
 def test_draws_have_the_models_probabilities():
