@@ -167,11 +167,11 @@ def start(folder, run, factors, flags, gpu):
     words = [*flags, *values, "--seed", str(run.seed), "--out_dir", str(folder)]
     if (folder / "args.json").exists():  # written after the first checkpoint
         words = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun: train.py wants an empty folder
     env = dict(os.environ)
     if not re.search(r"--device[ =](cpu|cuda:)", " ".join(flags)):
         env["CUDA_VISIBLE_DEVICES"] = gpu
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # killed before it had begun: train.py wants an empty folder
     with open(folder.with_suffix(".log"), "ab") as log:
         taken(log.fileno())
         # a session of its own, so that Ctrl-C reaches it once, through us, and it saves

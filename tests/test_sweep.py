@@ -28,6 +28,7 @@ FAKE = """
 import json, math, os, pathlib, sys, time
 words = sys.argv[1:]
 given = dict(zip(words[::2], words[1::2]))
+device = given.pop("--device", None)
 out = pathlib.Path(given.get("--resume") or given["--out_dir"])
 here = pathlib.Path(__file__).parent
 with open(here / "starts", "a") as file:
@@ -234,11 +235,12 @@ def test_without_a_corner_there_is_no_ascent(fake, capsys):
     assert "no MAUVE at the corners (-1 +1 -1)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [[], ["--", "--device", "cpu"]])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_sweep_goes_on_where_it_was(number, fake):
+def test_a_killed_sweep_goes_on_where_it_was(number, flags, fake):
     out = fake / "out"
     (fake / "fault").write_text("slow 02" if number == signal.SIGKILL else "hang 02")
-    words = ["--factors", *FACTORS, "--out_dir", out]
+    words = ["--factors", *FACTORS, "--out_dir", out, *flags]
     process = background(fake, *words)
     until(lambda: (out / "02" / "args.json").exists())
     process.send_signal(number)
@@ -257,6 +259,14 @@ def test_a_killed_sweep_goes_on_where_it_was(number, fake):
     else:
         assert starts == ["00", "01", "02", "02", "03", "04", "05"] and started(fake)[3]["--resume"] == str(out / "02")
     assert {row["status"] for row in rows(out).values()} == {"done"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--", "--device", "cpu"]])
+def test_a_run_killed_before_it_had_begun_begins_anew(flags, fake):
+    (fake / "out" / "02" / "ckpt").mkdir(parents=True)  # all that train.py had left
+    sweep.main(["--factors", *FACTORS, "--out_dir", str(fake / "out"), *flags])
+    assert {row["status"] for row in rows(fake / "out").values()} == {"done"}
+    assert not (fake / "out" / "02" / "ckpt").exists()
 
 
 def test_a_folder_of_another_sweep_is_refused(fake, capsys):
