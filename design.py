@@ -1,8 +1,8 @@
 """
 Factorial designs at two levels: corners, aliases, effects with standard errors, and the point of steepest ascent.
 
-Pure functions, after Box, Hunter & Hunter, Statistics for Experimenters, 2nd edition, chapters 5, 6 and 12. `sweep.py` says
-what differs from the book.
+Pure functions, after Box, Hunter & Hunter, Statistics for Experimenters, 2nd edition, chapters 5, 6 and 12. `sweep.py`
+says what differs from the book.
 """
 import collections
 import itertools

@@ -58,13 +58,13 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def memory_needs(players, num_trained, merged=0):
+def memory_needs(players, optimizers, merged=0):
     """What a run takes, roughly, in GiB by purpose; players: (model, tokens of a sequence, sequences sampled at once,
     sequences a pass of the update), in turn. Weights and caches of both stay in memory, activations of one at a time.
 
-    Adapters are fp32, with gradients and two moments. A layer of Qwen3 keeps about 23 numbers of H a token for the
-    backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16), or its input alone. merged: bytes of the copies
-    that sample.
+    Adapters are fp32, with gradients, and two moments an optimiser, in 8 bits or fp32. A layer of Qwen3 keeps about 23
+    numbers of H a token for the backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16), or its input alone.
+    merged: bytes of the copies that sample.
     """
     frozen, cache, activations = {}, [], []
     for model, num_tokens, num_sampled, num_passed in players:
@@ -76,7 +76,13 @@ def memory_needs(players, num_trained, merged=0):
         cache.append(2 * config.num_hidden_layers * heads * head_dim * size * num_sampled * num_tokens)
         kept = 1 if getattr(base, "is_activation_checkpointing", False) else 23
         activations.append(kept * size * config.hidden_size * config.num_hidden_layers * num_passed * num_tokens)
-    parts = {"weights": sum(frozen.values()), "merged copy": merged, "adapters": 16 * num_trained, "cache": sum(cache),
+    trained, adapters = set(), 0
+    for optimizer in optimizers:  # two that share an adapter have moments each
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        adapters += (2 if "8bit" in type(optimizer).__name__ else 8) * sum(p.numel() for p in params)
+        trained |= {*params}
+    adapters += 8 * sum(p.numel() for p in trained)
+    parts = {"weights": sum(frozen.values()), "merged copy": merged, "adapters": adapters, "cache": sum(cache),
              "activations": max(activations)}
     return {purpose: size / 2**30 for purpose, size in parts.items()}
 

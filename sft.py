@@ -167,7 +167,7 @@ def checkpoint():
 
 
 # from here on a lack of memory or of disk ends the run in one line
-needs = memory_needs([(model, most, 0, args.micro_batch or B)], num_trained)
+needs = memory_needs([(model, most, 0, args.micro_batch or B)], optimizers.values())
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint(),
                             "--batch_size, --reasoning_tokens or --completion_tokens")
 if args.resume:  # also cuts the file back to the checkpoint, so it comes before it is opened

@@ -202,7 +202,7 @@ def checkpoint():
 size, copied = args.micro_batch or B, sum(sampler.num_bytes for sampler in samplers)
 at_once = max(B, 32) if args.floor_sequences else B  # of the floor: decoding many at once costs next to nothing
 players = (model, most, at_once, size), (d_model, judge.most, 2 * B * judge.samples, 2 * size)
-needs = memory_needs(players, num_trained, copied)
+needs = memory_needs(players, optimizers.values(), copied)
 sys.excepthook = last_words(out_dir, needs, lambda: whole and not checkpoint())
 if args.resume:  # also cuts the files back to the checkpoint, so it comes before they are opened
     hold(out_dir)

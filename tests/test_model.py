@@ -3,8 +3,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 import model as model_file
-from model import (Wide, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, reference, token_logps,
-                   update, without_adapters)
+from model import (Wide, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, memory_needs, reference,
+                   token_logps, update, without_adapters)
 
 
 class Head:
@@ -236,6 +236,15 @@ def test_a_shared_beginning_is_read_once_with_the_same_states_and_gradients(tiny
     torch.testing.assert_close(told[0][0], told[1][0], rtol=1e-4, atol=1e-5)
     for a, b in zip(told[0][1], told[1][1], strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm(), (a - b).norm() / a.norm()
+
+
+def test_adapters_take_a_weight_and_a_gradient_and_two_moments_an_optimiser(tiny):
+    ours, theirs = (adapter_parameters(tiny[0], name) for name in ("generator", "discriminator"))
+    n, players = sum(p.numel() for p in ours), [(tiny[0], 10, 2, 2)]
+    one, two = (torch.optim.Adam(params, lr=1e-3) for params in (ours, theirs))
+    shared, coarse = torch.optim.Adam(ours, lr=1e-3), type("Adam8bit", (torch.optim.Adam,), {})(ours, lr=1e-3)
+    for optimizers, size in (([one], 8 + 8), ([one, two], 2 * (8 + 8)), ([one, shared], 8 + 8 + 8), ([coarse], 8 + 2)):
+        assert memory_needs(players, optimizers)["adapters"] * 2**30 == size * n
 
 
 def test_an_update_unscales_clips_and_leaves_the_weights_where_a_gradient_is_not_finite():
