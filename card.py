@@ -2,6 +2,7 @@
 The model card that export.py puts beside what it writes: what it is, how to use it, and each run's scores, settings and
 versions. Absolute paths are cut to their last name, since a card is made to be passed on.
 """
+import pathlib
 import re
 import shlex
 import textwrap
@@ -48,8 +49,15 @@ SCORES = (("mauve", "MAUVE, end of the run"), ("floor", "floor: the base model")
 
 
 def public(text):
-    """Text in one line, without the folders of absolute paths."""
-    return escaped(re.sub(r"(?<![\w.:/~])~?/(?:[^\s/'\"]+/)*(?=[^\s/'\"])", "", str(text)))
+    """Text in one line, without the folders of absolute paths; one with a space in it is seen where it stands alone."""
+    text = last_name(str(text))
+    return escaped(re.sub(r"(?<![\w./~])~?/(?!/)(?:[^\s/'\"]+/)*(?=[^\s/'\"])", "", text))
+
+
+def last_name(word):
+    """The last name of an absolute path, also of --flag=/some/path; anything else as it is."""
+    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (pathlib.PurePath(value).name or value if value[:1] in ("/", "~") else value)
 
 
 def block(text):
@@ -107,10 +115,10 @@ def run_section(name, told, result):
         if isinstance(value, bool):
             settings.append(f"--{key}" if value else f"--no-{key}")
         elif isinstance(value, list):
-            settings.append(f"--{key} {shlex.join(map(str, value))}")
+            settings.append(f"--{key} {shlex.join(last_name(str(part)) for part in value)}")
         elif value is not None and key not in ("out_dir", "resume", "digest"):
-            settings.append(f"--{key} {shlex.quote(str(value))}")
-    command = shlex.join(["python", *map(str, told.get("command") or [])])
+            settings.append(f"--{key} {shlex.quote(last_name(str(value)))}")
+    command = shlex.join(["python", *(last_name(str(word)) for word in told.get("command") or [])])
     versions = [f"{package} {version}" for package, version in (told.get("versions") or {}).items() if version]
     commit = f"{told.get('commit') or 'unknown'}{', with uncommitted changes' if told.get('dirty') else ''}"
     return (f"## The run {public(name)}\n\n{scores(result)}\nStarted by\n\n{block(command)}\nwith, all told,\n\n"

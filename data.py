@@ -60,7 +60,7 @@ and you just keep generating, without any other commentary.
 # -----------------------------------------------------------------------------
 # text to ids
 
-def plain_encoder(tokenizer):
+def plain_encoder(tokenizer, flag="--model"):
     """Return `encode(text) -> (ids, offsets)`, in which no text can produce a special or an added token.
 
     offsets are (start, end) in characters of `text`, one pair an id. The tokenizer's own switch is not enough: with
@@ -68,7 +68,7 @@ def plain_encoder(tokenizer):
     """
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
-        raise UserError(f"--model: {kind} has no fast version, which character offsets need; choose another")
+        raise UserError(f"{flag}: {kind} has no fast version, which character offsets need; choose another")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     # runs of spaces may stay
     added = {t["content"]: t["id"] for t in spec["added_tokens"] if len(t["content"].strip()) > 1}

@@ -219,7 +219,7 @@ def write(flag, target, text, fill):
         (new / "README.md").write_text(text, encoding="utf-8")
         fill(new)
         mode = (new / "README.md").stat().st_mode
-        for file in new.iterdir():
+        for file in (path for path in new.rglob("*") if path.is_file()):
             file.chmod(mode)  # safetensors' own lets nobody else read
             sync(file)
         sync(new)

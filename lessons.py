@@ -3,7 +3,7 @@ Traces as lessons for sft.py: reading them, which are held out, their order, the
 
 What differs from the textbook:
 1. A lesson is, id for id, what the sampler would have left: the prompt, the trace, its closing, the truth. What the
-   sampler forces is not taught: the blank line after </think>, and </think> itself where the budget was used up.
+   sampler forces is not taught: the blank line after </think>, and </think> itself where the model did not draw it.
 2. A truth does not teach to stop: it ends where its window was cut. Only one that is much shorter does.
 3. Which line is held out depends on its prefix alone, so that neither more lines nor another seed move it.
 
@@ -38,6 +38,7 @@ class Trace(NamedTuple):
     sep: str
     truth: str
     think: str
+    closed: bool = None  # whether the thinking ended by itself; None, in another program's file: if it is short enough
 
 
 def read_traces(files):
@@ -60,12 +61,15 @@ def read_trace(where, line):
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError(f"--data {where} is not JSON; mend or remove that line") from None
-    wrong = [key for key in Trace._fields if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+    *texts, last = Trace._fields
+    wrong = [key for key in texts if not isinstance(row, dict) or not isinstance(row.get(key), str)]
     wrong = wrong or [key for key in ("prefix", "truth") if not row[key].strip()]
     if wrong:
         raise UserError(f"--data {where} has no text in {', '.join(wrong)}; a trace of traces.py has one in each of "
-                        f"{', '.join(Trace._fields)}")
-    return Trace(*(clean(row[key]) for key in Trace._fields))
+                        f"{', '.join(texts)}")
+    if row.get(last) not in (None, True, False):
+        raise UserError(f"--data {where}: {last} is {json.dumps(row[last])[:50]} and must be true, false or left out")
+    return Trace(*(clean(row[key]) for key in texts), row.get(last))
 
 
 def split(traces, share):
@@ -73,7 +77,7 @@ def split(traces, share):
     def place(trace):
         return int.from_bytes(hashlib.blake2b(trace.prefix.encode(), digest_size=8).digest(), "big") / 2 ** 64
 
-    held_out = sorted((trace for trace in traces if place(trace) < share), key=lambda t: (place(t), t))
+    held_out = sorted((trace for trace in traces if place(trace) < share), key=lambda t: (place(t), t[:4]))
     return [trace for trace in traces if place(trace) >= share], held_out
 
 
@@ -114,13 +118,14 @@ class Lesson(NamedTuple):
     part: list  # NONE, TRACE, TRUTH or PLAIN, one an id
 
 
-def taught_trace(prompt, think, truth, rules, stop, reasoning_tokens, completion_tokens):
+def taught_trace(prompt, think, closed, truth, rules, stop, reasoning_tokens, completion_tokens):
     """The lesson of a trace, as a rollout of these ids would look; longer ones are cut as the sampler would.
 
+    closed: whether the model ended the thinking, by </think>, which is then taught; None: it did if it had tokens left.
     stop: the id that ends a text, taught where the truth is shorter than a window's ever is; None: never.
     """
     think, truth, close = think[:reasoning_tokens], truth[:completion_tokens], rules.close.tolist()
-    closed = rules.think_end >= 0 and len(think) < reasoning_tokens  # by </think>, which the model chose
+    closed = closed is not False and rules.think_end >= 0 and len(think) < reasoning_tokens
     end = [stop] if stop is not None and len(truth) + SLACK < completion_tokens else []
     ids = prompt + think + close + truth + end
     part = [NONE] * len(prompt) + [TRACE] * (len(think) + closed) + [NONE] * (len(close) - closed)

@@ -63,7 +63,7 @@ def memory_needs(players, optimizers, merged=0):
     sequences a pass of the update), in turn. Weights and caches of both stay in memory, activations of one at a time.
 
     Adapters are fp32, with gradients, and two moments an optimiser, in 8 bits or fp32. A layer of Qwen3 keeps about 23
-    numbers of H a token for the backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16), or its input alone.
+    numbers of H a token for the backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16) or its input alone.
     merged: bytes of the copies that sample.
     """
     frozen, cache, activations = {}, [], []
@@ -152,7 +152,7 @@ class _WideProduct(torch.autograd.Function):
         return of_x, grad.flatten(0, -2).mT @ x.flatten(0, -2).to(weight.dtype)  # (..., in), (out, in)
 
 
-def add_adapters(model, names, rank, alpha):
+def add_adapters(model, names, rank, alpha, flag="--model"):
     """Wrap the model with one rsLoRA adapter a name on all its linear layers; the scale is alpha / sqrt(rank).
 
     Adapters are fp32. peft would keep an fp32 copy of each layer's input for the backward pass; ours keeps the input.
@@ -161,7 +161,7 @@ def add_adapters(model, names, rank, alpha):
     try:
         model = get_peft_model(model, config, adapter_name=names[0])
     except ValueError as error:
-        raise UserError(f"--model {model.config.name_or_path}: peft has no adapters for it: {error}") from None
+        raise UserError(f"{flag} {model.config.name_or_path}: peft has no adapters for it: {error}") from None
     for name in names[1:]:
         model.add_adapter(name, config)
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):

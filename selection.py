@@ -2,10 +2,9 @@
 Which traces are worth teaching: what one quotes of its truth, what it lifts, which are kept, and a report of it.
 
 Pure functions on texts and numbers, for traces.py. A scored window: prefix, sep, truth, n_truth, logp_empty, repeated,
-candidates; a candidate: source, run, think, n_think, quote, logp.
+candidates; a candidate: source, run, think, closed (whether the thinking ended by itself), n_think, quote, logp.
 """
 import collections
-import itertools
 import statistics
 import unicodedata
 
@@ -36,12 +35,15 @@ def num_quoted(encode, prefix, truth, think, shortest=SHORTEST):
     truth's tokens is quoted where its letters stand in the trace, whatever the case and the white space between them.
     Tokens of white space alone do not count; a number is one token, as some tokenizers give each digit one.
     """
-    pieces, last = [], 0
+    pieces, last = [""], 0
     for start, end in encode(truth)[1]:  # the tokens of one character share its span: it is counted once
-        pieces.append(letters(truth[max(start, last):end]))
+        text = truth[max(start, last):end]
         last = max(last, end)
-    kinds = itertools.groupby(filter(None, pieces), str.isdigit)
-    pieces = [piece for digits, run in kinds for piece in (["".join(run)] if digits else run)]
+        if text.isdigit() and pieces[-1].isdigit():  # no white space between: one number
+            pieces[-1] += letters(text)
+        else:
+            pieces.append(letters(text))
+    pieces = [*filter(None, pieces)]
     said, known, quoted = letters(think), letters(prefix), set()
     for start in range(len(pieces) - shortest + 1):
         run = "".join(pieces[start:start + shortest])
@@ -97,7 +99,7 @@ def trace(window, candidate):
     """One line of traces.jsonl."""
     row = window | candidate | {"lift": lift(window, candidate)}
     return {key: row[key] for key in
-            "prefix sep truth think source lift logp logp_empty n_think n_truth run".split()}
+            "prefix sep truth think closed source lift logp logp_empty n_think n_truth run".split()}
 
 
 def spread(lifts):

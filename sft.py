@@ -121,7 +121,7 @@ def lesson(trace, plain):
     if plain:
         return plain_text(encode, bos, trace, C)
     prompt = prompt_ids(tokenizer, encode, trace.prefix)
-    return taught_trace(prompt, encode(trace.think)[0], encode(trace.truth)[0], rule, stop, R, C)
+    return taught_trace(prompt, encode(trace.think)[0], trace.closed, encode(trace.truth)[0], rule, stop, R, C)
 
 
 lessons = {plain: [lesson(trace, plain) for trace in train] for plain in (False, True)}

@@ -61,7 +61,8 @@ def read_windows(folders, max_windows, seed):
                     raise UserError(f"{folder}/{name}: a sequence without prefix, truth and think; the file is damaged")
                 think = r["think"].rstrip("\ufffd")  # a character cut in two
                 window = r["prefix"], r.get("sep", " "), r["truth"]
-                found.setdefault(window, []).append(dict(source=source, run=str(folder), think=think))
+                thought = dict(source=source, run=str(folder), think=think, closed=bool(r.get("think_closed")))
+                found.setdefault(window, []).append(thought)
     windows = [dict(prefix=prefix, sep=sep, truth=truth, thoughts=thoughts)
                for (prefix, sep, truth), thoughts in found.items()]
     if max_windows and max_windows < len(windows):
@@ -83,14 +84,17 @@ def rationale_ids(tokenizer, encode, prefix, truth):
 
 
 def rationalise(model, tokenizer, encode, rule, batch, where, reasoning_tokens, temperature, generator):
-    """One thought, a text, for each window of a batch: its thinking, or its reply after an empty one."""
+    """A thought and whether it ended by itself, for each window: its thinking, or its reply after an empty one."""
     from rollout import rollout
     prompts = [rationale_ids(tokenizer, encode, window["prefix"], window["truth"]) for window in batch]
     budgets = (reasoning_tokens, 1) if where == "think" else (0, reasoning_tokens)
     roll = rollout(model, prompts, rule, *budgets, temperature, generator)
-    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
-             for ids in (roll.think if where == "think" else roll.reply)]
-    return texts if where == "think" else [text.strip() for text in texts]
+    written = roll.think if where == "think" else roll.reply
+    texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd") for ids in written]
+    if where == "think":
+        return [*zip(texts, roll.think_closed.tolist())]
+    drawn = roll.sampled.sum(1).tolist()  # a reply that ended by itself has drawn a stop id as well
+    return [(text.strip(), n > len(ids)) for text, n, ids in zip(texts, drawn, written)]
 
 
 def mean_logps(model, rule, prompts, thinks, truths):
@@ -149,8 +153,8 @@ def policy_model(folder, run, policy, device, reasoning_tokens):
     most = num_prompt + run["prefix_tokens"] + 2 * run["completion_tokens"] + reasoning_tokens
     room = positions(model)
     if most > room:
-        raise UserError(f"--model {run['model']} has {room} positions, and to be shown prefix and truth and to think "
-                        f"takes it up to {most}; lower --reasoning_tokens")
+        raise UserError(f"the run's model {run['model']} has {room} positions, and to be shown prefix and truth and to "
+                        f"think takes it up to {most}; lower --reasoning_tokens")
     if policy == "run":
         model = add_adapters(model, [player(run)], run["rank"], run["alpha"])
         try:
@@ -164,27 +168,36 @@ def policy_model(folder, run, policy, device, reasoning_tokens):
 # -----------------------------------------------------------------------------
 # files: traces.candidates.jsonl, a line of settings and a line a window, grows by a batch at a time
 
+FIRST = b'{"settings": '  # how such a file begins
+
+
 def refuse_other(path, settings, before):
     """Refuse to go on with a file that was made with other settings."""
-    other = [f"--{key} {before.get(key)}" for key in settings if before.get(key) != settings[key] and key != "inputs"]
-    if other or before.get("inputs") != settings["inputs"]:
-        what = f"with {', '.join(other)}; give the same" if other else "from runs that have changed since; restore them"
+    other = {key: before.get(key) for key in settings if before.get(key) != settings[key] and key != "inputs"}
+    told = [f"with --{key} {value}" for key, value in other.items() if key != "runs"]
+    told += [f"from {' '.join(map(str, other['runs'] or []))}"] if "runs" in other else []
+    if told or before.get("inputs") != settings["inputs"]:
+        what = f"{', '.join(told)}; give the same" if told else "from runs that have changed since; restore them"
         raise UserError(f"{path} was made {what}, remove it, or name another --out")
 
 
 def scored_before(path, settings, total, size):
     """The windows that a candidates file holds: whole batches of them; what a kill left behind these is cut off."""
-    lines = path.read_bytes().split(b"\n")[:-1]
+    data = path.read_bytes()
+    lines = data.split(b"\n")[:-1]
     try:
-        records = [dict(json.loads(line)) for line in lines] or [{"settings": settings}]
-        before = dict(records[0]["settings"])
+        records = [dict(json.loads(line)) for line in lines]
+        before = dict(records[0]["settings"]) if records else {}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged, or none of traces.py; remove it, or name another --out") from None
+        records = None
+    if records is None or not records and not FIRST.startswith(data[:len(FIRST)]):
+        raise UserError(f"{path} is damaged, or none of traces.py; remove it, or name another --out")
+    if len(records) > 1:
+        refuse_other(path, settings, before)
     done = len(records) - 1 if len(records) > total else (len(records) - 1) // size * size
-    if done == 0:  # nothing is lost
+    if done <= 0:  # not one batch was written whole: nothing is lost
         path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return []
-    refuse_other(path, settings, before)
     os.truncate(path, sum(len(line) + 1 for line in lines[:done + 1]))
     return records[1:done + 1]
 
@@ -220,8 +233,9 @@ def score_all(args, run, windows, path, settings):
                 key = hashlib.blake2b(repr((args.seed, "rationalise", first, n)).encode(), digest_size=7).digest()
                 generator = torch.Generator(device).manual_seed(int.from_bytes(key, "big"))
                 thoughts = rationalise(sampler, tokenizer, encode, rule, batch, *how, generator)
-                for window, think in zip(batch, thoughts):
-                    window["thoughts"].append(dict(source="rationalise", run=args.runs[0], think=think))
+                for window, (think, closed) in zip(batch, thoughts):
+                    thought = dict(source="rationalise", run=args.runs[0], think=think, closed=closed)
+                    window["thoughts"].append(thought)
             scored += score(model, tokenizer, encode, rule, batch, run["completion_tokens"])
             file.write("".join(json.dumps(window, ensure_ascii=False) + "\n" for window in scored[first:]))
             file.flush()
@@ -292,6 +306,7 @@ def check(args):
 
 def main():
     args = read_flags()
+    args.runs = [str(pathlib.Path(folder)) for folder in args.runs]  # out/run/ is out/run
     run, out = check(args), pathlib.Path(args.out)
     path, report_file = out.with_suffix(".candidates.jsonl"), out.with_suffix(".report.json")
     windows = read_windows(args.runs, args.max_windows, args.seed)

@@ -139,6 +139,8 @@ sys.excepthook = last_words(None, {}, lambda: False)  # a lack of memory ends in
 tokenizer = load_tokenizer(args.model)
 stream = windows(args.data, plain_encoder(tokenizer), args.prefix_tokens, C, args.seed, text_field=args.text_field)
 stream[0]  # a source without a usable text fails here, before the weights are loaded
+if args.d_model:  # so does a mistyped name
+    plain_encoder(load_tokenizer(args.d_model, "--d_model"), "--d_model")
 model, _ = load_model(args.model, args.quant, args.dtype, device)
 encode, rule = plain_encoder(tokenizer), rules(tokenizer, model)
 featurizer(args.featurizer, model, tokenizer, "cpu")  # one that cannot be had fails here, not after the run
@@ -153,7 +155,7 @@ if args.init and not args.resume:
 d_model, d_tokenizer = model, tokenizer
 if args.d_model:
     d_model, d_tokenizer = load_model(args.d_model, args.quant, args.dtype, device, "--d_model")
-    d_model = add_adapters(d_model, [D], args.rank, args.alpha)
+    d_model = add_adapters(d_model, [D], args.rank, args.alpha, "--d_model")
 models = [model] if d_model is model else [model, d_model]
 for lm in models if args.grad_ckpt else []:
     checkpoint_layers(lm)

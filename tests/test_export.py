@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import export
+from card import public, run_section
 from conftest import ROOT
 from deltas import Layer, combine, delta, stacked, ties, trim_floor
 from model import add_adapters, load_model, load_tokenizer
@@ -238,6 +239,23 @@ def test_a_quantised_run_is_merged_unquantised_rounded_once_and_says_so(runs, ca
         assert weight.dtype == torch.bfloat16 and ((weight.float() - wanted).abs() <= wanted.abs() * 2 ** -8 + 1e-6).all(), key
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "quantised weights" in card and "both roles" in card
+
+
+@pytest.mark.parametrize("text, told", [
+    ("/home/me/my data/secret project/x.jsonl", "x.jsonl"), ("/home/my name/x.txt", "x.txt"), ("a:/home/me/x", "a:x"), ("~/me/x", "x"),
+    ("python train.py --data /home/me/x.txt --out_dir=/home/me/y", "python train.py --data x.txt --out_dir=y"), ("out/a/b", "out/a/b"),
+    ("https://example.org/a/b", "https://example.org/a/b"), ("NVIDIA H200 1/2", "NVIDIA H200 1/2"),
+])
+def test_a_card_names_no_folder_of_this_machine(text, told):
+    assert public(text) == told
+
+
+def test_a_cards_command_and_settings_name_no_folder_of_this_machine():
+    place = "/home/my name/a project/x y.jsonl"
+    told = dict(args=dict(data=place, runs=[place, "out/a"], seed=1), command=["sft.py", "--data", place, f"--init={place}"])
+    text = " ".join(run_section("out/a", told, {}).split())
+    assert "home" not in text and "project" not in text
+    assert "python sft.py --data 'x y.jsonl' '--init=x y.jsonl'" in text and "--data 'x y.jsonl' --runs 'x y.jsonl' out/a --seed 1" in text
 
 
 def test_the_card_is_read_by_the_hub_tells_the_run_and_its_code_runs(runs, call, tmp_path):

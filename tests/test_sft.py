@@ -67,7 +67,7 @@ def test_a_lesson_is_what_the_sampler_leaves_and_teaches_what_it_drew(tiny):
     roll = rollout(model, prompts, rule, 6, 20, 1.0, torch.Generator().manual_seed(0))
     found = set()
     for i, prompt in enumerate(prompts):
-        ids, part = taught_trace(prompt, roll.think[i], roll.reply[i], rule, tokenizer.eos_token_id, 6, 20)
+        ids, part = taught_trace(prompt, roll.think[i], bool(roll.think_closed[i]), roll.reply[i], rule, tokenizer.eos_token_id, 6, 20)
         n, closed = len(ids), bool(roll.think_closed[i])
         ended = roll.ids[i, n - 1].item() == tokenizer.eos_token_id
         if len(roll.reply[i]) in range(4, 20):
@@ -81,9 +81,9 @@ def test_a_lesson_is_what_the_sampler_leaves_and_teaches_what_it_drew(tiny):
 def test_only_a_truth_much_shorter_than_a_window_teaches_to_stop(tiny):
     rule = rules(tiny[1], tiny[0])
     for n, ends in ((40, False), (25, False), (24, False), (23, True), (1, True)):
-        ids, part = taught_trace([1], [], [7] * n, rule, 9, 4, 40)
+        ids, part = taught_trace([1], [], None, [7] * n, rule, 9, 4, 40)
         assert (ids[-1] == 9) == ends and part[-1] == TRUTH
-    assert taught_trace([1], [8] * 9, [7] * 50, rule, 9, 4, 40).ids == [1] + [8] * 4 + rule.close.tolist() + [7] * 40
+    assert taught_trace([1], [8] * 9, True, [7] * 50, rule, 9, 4, 40).ids == [1] + [8] * 4 + rule.close.tolist() + [7] * 40
 
 
 def test_the_loss_is_that_of_the_taught_tokens_alone(tiny, encode):
@@ -91,8 +91,10 @@ def test_the_loss_is_that_of_the_taught_tokens_alone(tiny, encode):
     rule, text = rules(tokenizer, model), Trace("a prefix of words", " ", "and what follows it", "some words")
     think, truth = encode(text.think)[0], encode(text.truth)[0]
     prompt = prompt_ids(tokenizer, encode, text.prefix)
-    traced = taught_trace(prompt, think, truth, rule, None, 20, 20)
-    cut = taught_trace(prompt, think, truth, rule, None, len(think), 20)  # the budget is used up: </think> is forced
+    traced = taught_trace(prompt, think, None, truth, rule, None, 20, 20)
+    cut = taught_trace(prompt, think, None, truth, rule, None, len(think), 20)  # the budget is used up: </think> is forced
+    assert taught_trace(prompt, think, True, truth, rule, None, 20, 20) == traced
+    assert taught_trace(prompt, think, False, truth, rule, None, 20, 20) == cut  # it was cut, though its tokens are fewer now
     plain = plain_text(encode, bos_ids(tokenizer), text, 20)
     assert plain.ids == encode("a prefix of words and what follows it")[0] and plain.part == [NONE] + [PLAIN] * (len(plain.ids) - 1)
     assert traced.ids == cut.ids == prompt + think + rule.close.tolist() + truth
@@ -167,7 +169,7 @@ def test_the_first_losses_are_the_bases(tuned, demo, encode, traces):
 
     def nats(chosen):
         made = [plain_text(encode, [], trace, 12) if plain else
-                taught_trace(prompt_ids(tokenizer, encode, trace.prefix), encode(trace.think)[0], encode(trace.truth)[0], rule, None, 4, 12)
+                taught_trace(prompt_ids(tokenizer, encode, trace.prefix), encode(trace.think)[0], trace.closed, encode(trace.truth)[0], rule, None, 4, 12)
                 for plain, trace in chosen]
         return taught_nats(model, made, rule)
 
