@@ -7,7 +7,8 @@ train.py or sft.py with a fault built in from outside, so that the product needs
 kill_before:N   kill -9 when the N-th checkpoint is written and not yet renamed
 kill_between:N  kill -9 between its two renames
 nan:A-B         the generator's loss of steps A to B is nan; with sft.py the nats of passes A to B
-oom:PLACE:N     the N-th call in sampling, generator, discriminator or lessons (of sft.py) runs out of memory
+oom:PLACE:N     the N-th call in sampling, generator, discriminator, verdicts (of --disc reason) or lessons (of sft.py) runs
+                out of memory
 disk:N          from the N-th step on no file may grow beyond what rollouts.jsonl has, and 100 bytes
 full:N          the N-th checkpoint finds the disk full
 gradients:FILE  the first two gradients (generator's, discriminator's) are saved, and the run ends
@@ -33,6 +34,7 @@ import torch
 import checkpoint
 import discriminator
 import lessons
+import reason
 import reward
 import rollout
 
@@ -83,7 +85,7 @@ elif fault == "nan":
             at_call(reward, "policy_loss", number, lambda call, args: call() * float("nan"))
 elif fault == "oom":
     place = dict(sampling=(rollout, "rollout"), generator=(reward, "policy_loss"), discriminator=(discriminator, "discriminator_loss"),
-                 lessons=(lessons, "taught_nats"))
+                 verdicts=(reason, "sampled_stats"), lessons=(lessons, "taught_nats"))
     at_call(*place[details[0]], int(details[1]), no_memory)
 elif fault == "disk":
     at_call(reward, "policy_loss", int(details[0]), small_files)

@@ -20,11 +20,21 @@ def faulty(fault, out, *words):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The same run, never stopped."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert run(*SMALL, "--out_dir", out).returncode == 0
-    return out
+def whole_of(tmp_path_factory):
+    """The same run with some flags more, never stopped."""
+    made = {}
+
+    def whole(flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("runs") / "whole"
+            assert run(*SMALL, *flags.split(), "--out_dir", made[flags]).returncode == 0
+        return made[flags]
+    return whole
+
+
+@pytest.fixture(scope="module")
+def whole(whole_of):
+    return whole_of("")
 
 
 def goes_on_to_the_same_end(out, whole):
@@ -34,11 +44,14 @@ def goes_on_to_the_same_end(out, whole):
 
 
 # checkpoints are written before the warm-up and after steps 1, 3 and 5
-@pytest.mark.parametrize("fault", ["kill_before:2", "kill_between:2", "kill_between:3"])
-def test_a_run_killed_while_it_saves_goes_on_to_the_same_end(fault, whole, tmp_path):
+@pytest.mark.parametrize("fault, flags", [
+    ("kill_before:2", ""), ("kill_between:2", ""), ("kill_between:3", ""), ("kill_before:3", "--disc reason"),
+    ("kill_before:2", "--d_model demo-small"), ("kill_between:3", "--disc reason --d_model demo-small"),
+])
+def test_a_run_killed_while_it_saves_goes_on_to_the_same_end(fault, flags, whole_of, tmp_path):
     out = tmp_path / "run"
-    assert faulty(fault, out).returncode == -9
-    goes_on_to_the_same_end(out, whole)
+    assert faulty(fault, out, *flags.split()).returncode == -9
+    goes_on_to_the_same_end(out, whole_of(flags))
 
 
 @pytest.mark.parametrize("flags", [[], ["--quant", "nf4"]])
@@ -82,16 +95,18 @@ def test_too_many_nans_in_a_row_end_the_run_with_the_sequences_saved(tmp_path):
     assert run("--resume", out).returncode == 0  # the fault is gone, so it goes on from step 10
 
 
-@pytest.mark.parametrize("place, number", [("sampling", 5), ("generator", 4), ("discriminator", 5)])  # each in step 3
-def test_out_of_memory_ends_in_one_line_and_loses_nothing_saved(place, number, whole, tmp_path):
+@pytest.mark.parametrize("place, number, flags", [
+    ("sampling", 5, ""), ("generator", 4, ""), ("discriminator", 5, ""), ("verdicts", 5, "--disc reason"),
+])  # each in step 3
+def test_out_of_memory_ends_in_one_line_and_loses_nothing_saved(place, number, flags, whole_of, tmp_path):
     out = tmp_path / "run"
-    told = faulty(f"oom:{place}:{number}", out)
+    told = faulty(f"oom:{place}:{number}", out, *flags.split())
     assert told.returncode == 1 and told.stderr.count("\n") == 1 and "Traceback" not in told.stderr
     for word in ("out of memory", "--micro_batch", "--quant", "--completion_tokens", "GiB", f"--resume {out}"):
         assert word in told.stderr
     state = torch.load(out / "ckpt" / "state.pt", weights_only=True)["state"]
-    assert state["step"] == (2 if place == "discriminator" else 3)  # the generator has moved by then: only the last checkpoint is whole
-    goes_on_to_the_same_end(out, whole)
+    assert state["step"] == (2 if place in ("discriminator", "verdicts") else 3)  # the generator has moved by then: only the last checkpoint is whole
+    goes_on_to_the_same_end(out, whole_of(flags))
 
 
 @pytest.mark.parametrize("fault", ["disk:4", "full:3"])

@@ -116,11 +116,15 @@ def looked(judge):
     return judged._replace(own=judged.own._replace(said=torch.tensor(SAID)))
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny):
-    judge = judge_of(tiny)
+@pytest.mark.parametrize("reference", [[], ["generator"]])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(reference, tiny):
+    judge = judge_of(tiny, reference=reference)
     judged = looked(judge)
     whole, split = gradients(judge, judged, 0), gradients(judge, judged, 1)
     assert all(a.norm() > 0 and (a - b).norm() / a.norm() < 1e-5 for a, b in zip(whole, split))
+    if reference:  # another one than the base: it counts, and learns nothing
+        assert all(p.grad is None for p in adapter_parameters(judge.model, "generator"))
+        assert (gradients(judge_of(tiny), judged, 0)[0] - whole[0]).norm() / whole[0].norm() > 1e-3
 
 
 def policy_alone(judge, judged):
