@@ -36,6 +36,7 @@ DEMO = pathlib.Path(__file__).parent / "demo"
 EMBEDDED = {"demo": str(DEMO / "base"), "demo-small": str(DEMO / "small")}
 FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, and 0 * (x - x) stays 0 in the KL
 CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which holds up to five
+CHUNK_ROWS = 512       # and its most rows: with a small vocabulary more are no faster, and no longer in a CPU's cache
 
 
 def checked_device(name):
@@ -340,7 +341,7 @@ class _TokenStats(torch.autograd.Function):
         need = ctx.needs_input_grad[0]
         grads = [torch.zeros_like(hidden) if wanted else None for wanted in
                  (need, need and entropy_grad, need and ref_hidden is not None)]  # (N, H) each
-        size = max(16, CHUNK_BYTES // (4 * V))
+        size = min(max(16, CHUNK_BYTES // (4 * V)), CHUNK_ROWS)
         for first in range(0, N, size):
             rows = slice(first, first + size)
             target, mask = targets[rows, None], blocked[kind[rows]]  # (n, 1), (n, V)

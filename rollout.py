@@ -18,7 +18,7 @@ import torch
 
 from data import clip, prompt_ids
 from model import FORBIDDEN, causal_lm, head_weights, hidden_states, pad, reference, token_logps
-from sampler import BUCKET, Growing, Sampler, Standing
+from sampler import BUCKET, Growing, Sampler, Standing, turned
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
 
@@ -107,7 +107,7 @@ class Reply:
         thinking = self.thinking & ~over                          # (B,)
         forced = queue < L                                        # (B,)
         blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()  # (B, V)
+        logits = turned(hidden, self.weight, self.bias).float()  # (B, V)
         if self.temperature not in (0.0, 1.0):
             logits /= self.temperature
         logits = torch.where(blocked, FORBIDDEN, logits)  # (B, V)

@@ -8,7 +8,8 @@ What differs from the textbook:
 2. Keys and values are written in place: on a CPU attention sees the columns in use, in a CUDA graph always all of them.
 3. What all prompts begin with is read once, by one row.
 4. Of all but a prompt's last token the last layer's keys and values are enough: what follows them is not computed.
-5. On a CPU attention from one token a row is two plain products: torch's kernel is made for many tokens.
+5. On a CPU attention from one token a row is two plain products: torch's kernel is made for many tokens. A layer's
+   product of few rows is taken the other way round: MKL's threads share out the first factor, now the weights.
 
 Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden, D of a head.
 """
@@ -52,6 +53,21 @@ class Beside(torch.nn.Module):
             self.up.copy_(layer.lora_B[name].weight * layer.scaling[name])
 
 
+class Turned(torch.nn.Linear):
+    """A layer on a CPU, for few rows a call."""
+
+    def forward(self, x):
+        return turned(x, self.weight, self.bias)  # (..., out)
+
+
+def turned(x, weight, bias=None):
+    """linear(x, weight, bias), its product as weight times x where that is faster: (..., in) to (..., out)."""
+    several = x.dtype == torch.float32 and x.device.type == "cpu" and torch.get_num_threads() > 1
+    if not several or bias is not None or x.numel() > 64 * x.shape[-1]:
+        return torch.nn.functional.linear(x, weight, bias)
+    return (weight @ x.flatten(0, -2).mT).mT.contiguous().unflatten(0, x.shape[:-1])
+
+
 def merge_into(merged, layer, name):
     """Write a layer's pristine weights plus one adapter's, added in fp32, into its merged twin."""
     weight, like_linear = layer.get_base_layer().weight, isinstance(merged, torch.nn.Linear)  # (out, in)
@@ -71,6 +87,8 @@ def sampling_copy(model, dtype, merge):
         if isinstance(module, LoraLayer):
             layer = module.get_base_layer()
             twin = copy.deepcopy(layer) if merge and layer.weight.is_floating_point() else Beside(module, dtype)
+            if type(twin) is torch.nn.Linear:
+                twin.__class__ = Turned
             twins.append((twin, module))
             memo[id(module)] = twin  # deepcopy takes it for the copy that it has made already
     memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}

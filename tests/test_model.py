@@ -44,11 +44,12 @@ def naive(head, hidden, ref, targets, blocked, kind, temperature):
     return torch.stack(out, 1)
 
 
-@pytest.mark.parametrize("chunk_rows", [16, 10_000])
+@pytest.mark.parametrize("chunk_rows, most_rows", [(16, 512), (10_000, 512), (10_000, 20)])
 @pytest.mark.parametrize("temperature, bias", [(1.0, False), (0.7, True)])
-def test_chunked_logps_entropy_and_kl_equal_the_naive_ones(monkeypatch, chunk_rows, temperature, bias):
+def test_chunked_logps_entropy_and_kl_equal_the_naive_ones(monkeypatch, chunk_rows, most_rows, temperature, bias):
     head, hidden, ref, targets, blocked, kind = case(bias=bias)
     monkeypatch.setattr(model_file, "CHUNK_BYTES", chunk_rows * 4 * blocked.shape[1])
+    monkeypatch.setattr(model_file, "CHUNK_ROWS", most_rows)
     stats = token_logps(head, hidden, targets, blocked, kind, ref, temperature, entropy_grad=True)
     wanted = naive(head, hidden, ref, targets, blocked, kind, temperature)
     for name, got, want in zip(stats._fields, stats, wanted):

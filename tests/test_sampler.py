@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from conftest import shared
 from model import DTYPES, FORBIDDEN, add_adapters, causal_lm, checkpoint_layers, hidden_states, load_model
 from rollout import Rules, draw, loop_for, rollout, rules
-from sampler import BUCKET, Beside, Growing, Sampler, Standing, products
+from sampler import BUCKET, Beside, Growing, Sampler, Standing, Turned, products, turned
 from test_rollout import learner_logps, make_unequal, prompts_of
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the CUDA graph cannot be tested")
@@ -188,6 +188,43 @@ def test_attention_by_plain_products_is_sdpa(heads, few, T, dtype, tolerance):
 def test_only_the_copy_on_a_cpu_attends_by_plain_products(tiny):
     assert fast(tiny[0]).model.config._attn_implementation == "products"
     assert causal_lm(tiny[0]).config._attn_implementation == "sdpa"
+
+
+@pytest.fixture()
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 12), (3, 12), (64, 1, 12), (65, 1, 12), (5, 4, 12), (20, 4, 12)])
+def test_the_product_of_few_rows_taken_the_other_way_round_is_linear(two_threads, shape):
+    torch.manual_seed(0)
+    for out in (8, 200):
+        x, weight, bias = torch.randn(shape), torch.randn(out, 12), torch.randn(out)
+        for b in (None, bias):
+            told, expected = turned(x, weight, b), torch.nn.functional.linear(x, weight, b)
+            assert told.is_contiguous() and told.shape == expected.shape
+            torch.testing.assert_close(told, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_with_threads_only_many_rows_go_through_torchs_linear(two_threads, monkeypatch):
+    rows, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest))
+    layer = Turned(4, 4, bias=False)
+    for n in (1, 64, 65):
+        layer(torch.randn(n, 4))
+    assert rows == [65]
+    torch.set_num_threads(1)
+    layer(torch.randn(2, 4))
+    assert rows == [65, 2]
+
+
+def test_with_threads_the_fast_way_says_what_the_plain_way_says(tiny, two_threads):
+    model, tokenizer = tiny
+    model.set_adapter("generator")
+    same_rollouts(model, fast(model), prompts_of(tokenizer) * 3, make_unequal(rules(tokenizer, model)))
 
 
 def test_draws_have_the_models_probabilities():
