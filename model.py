@@ -36,7 +36,7 @@ DEMO = pathlib.Path(__file__).parent / "demo"
 EMBEDDED = {"demo": str(DEMO / "base"), "demo-small": str(DEMO / "small")}
 FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, and 0 * (x - x) stays 0 in the KL
 CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which holds up to five
-CHUNK_ROWS = 512       # and its most rows: with a small vocabulary more are no faster, and no longer in a CPU's cache
+CHUNK_ROWS = 512       # and its most rows: with a small vocabulary more are slower on a CPU
 
 
 def checked_device(name):

@@ -9,7 +9,7 @@ What differs from the textbook:
 3. What all prompts begin with is read once, by one row.
 4. Of all but a prompt's last token the last layer's keys and values are enough: what follows them is not computed.
 5. On a CPU attention from one token a row is two plain products: torch's kernel is made for many tokens. A layer's
-   product of few rows is taken the other way round: MKL's threads share out the first factor, now the weights.
+   product of few rows is taken the other way round, weights first, which is faster with several threads.
 
 Letters: B sequences, P prompt width, S columns that all prompts share, W columns of the cache, H hidden, D of a head.
 """
