@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import zstandard
 
-from flags import SUFFIXES, UserError
+from flags import UserError
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 
 PILE = "monology/pile-uncopyrighted"
 MAX_DOCUMENTS = 200_000   # a local corpus is read up to here and shuffled in memory
@@ -100,9 +101,17 @@ def bos_ids(tokenizer):
     return ids[:1] if len(ids) and ids[0] == tokenizer.bos_token_id else []
 
 
-def prompt_ids(tokenizer, encode, prefix):
+def prompt_template(name, tokenizer):
+    return PROMPT + "\n" if name == "writeup" else name
+
+
+def opens_thinking(template):
+    return template.rstrip().endswith("<think>")
+
+
+def prompt_ids(tokenizer, encode, template, prefix):
     """Ids of the prompt around `prefix`, up to and with the newline after <think>, as in Qwen3's own template."""
-    head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in (PROMPT + "\n").split("{text}"))
+    head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in template.split("{text}"))
     return bos_ids(tokenizer) + head + encode(prefix)[0] + tail
 
 

@@ -1,14 +1,19 @@
 """
-Real or generated: what a discriminator is shown, what the loop wants of it, and `Head`: a LayerNorm and a linear layer
-on the last hidden states. `reason.py` has the other one, which thinks and gives a verdict in words.
+Real or generated: what a discriminator reads, and the two discriminators. `Head` is a LayerNorm and a linear layer on
+the last hidden states. `Reason` thinks within a budget, then says `real` or `generated`.
 
-Both have the same three verbs. `look` makes of a batch, without gradient, a `Judged`, by which the generator is paid.
-`loss` is the discriminator's own lesson, on some of the rows that were shown. `tell` is what it adds to the logs.
+Both have three verbs. `score` judges a batch without gradient: a `Judged`, from which the generator's reward is made.
+`loss` is the discriminator's own loss on some of the prefixes. `metrics` is what it adds to the logs.
 
-What differs from the textbook: the two texts of a prefix are tokenised the same way and cut to the same number of
-completion tokens, so that neither length, nor the cut, nor an end token, nor odd tokens give the generated one away.
+What differs from the textbook:
+1. The two texts of a prefix are tokenised the same way and cut to the same number of completion tokens, so that neither
+   length, nor the cut, nor an end token, nor odd tokens give the generated one away.
+2. `Reason` learns by policy gradient: reward 1 for a right verdict, 0 for a wrong one or for none. Its baseline is
+   `d_value`, a value head's chance that the verdict will be right, read at the end of the prompt. The value head learns
+   by cross-entropy, as in PPO; there is no ratio. The KL to the base keeps verdicts from becoming one word.
 
-Letters: B sequences or texts, n rows that are shown (b in a micro-batch; two texts each), T tokens, H hidden.
+Letters: B sequences, n prefixes whose texts are shown (b in a micro-batch; two texts each, all the real ones first),
+T tokens, N sampled ones, H hidden.
 """
 from typing import Any, NamedTuple
 
@@ -16,11 +21,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import bos_ids, plain_encoder
-from model import causal_lm, hidden_states, micro_batches, pad, positions
-from reward import REAL
+from data import bos_ids, clip, plain_encoder
+from model import causal_lm, head_logits, hidden_states, micro_batches, pad, positions
+from reward import REAL, policy_loss
+from rollout import Rollout, keyed, rollout, rules, sampled_stats
 
-# the form in which a verdict is asked for; the reply goes on after <think>
+WORDS = {REAL: "real", 1 - REAL: "generated"}
+UNPARSED = -1     # the verdict of a reply that is neither word
+VALUE_COEF = 0.5  # weight of the value head's loss
+
+# the prompt that asks for a verdict; the reply continues after <think>
 VERDICT = """<|im_start|>system
 You tell real completions of a text from generated ones.
 Think in a few words, then answer: real or generated.
@@ -36,30 +46,35 @@ Think in a few words, then answer: real or generated.
 """
 
 
-class Discriminator(nn.Module):
-    """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real.
+class Judged(NamedTuple):
+    """Judgements of a batch. An empty completion is not shown: it deceives nobody and earns nothing."""
+    shown: list            # n row numbers, the prefixes whose two texts were read
+    read: torch.Tensor     # (B,) bool: shown, and the verdict could be parsed
+    counts: torch.Tensor   # (B,) bool: takes part in the generator's step; all but verdicts that cannot be parsed
+    p_real: torch.Tensor   # (B,) probability that the completion is real; 1 or 0 by a verdict in words
+    log_generated: torch.Tensor | None  # (B,) log(1 - p_real); Head only
+    d_value: torch.Tensor | None        # (B,) chance that the verdict on the completion is right; Reason only
+    labels: torch.Tensor   # (B, 2) labels to learn for the real and the generated text; shuffled by --d_shuffle
+    detail: Any            # what the loss needs besides
 
-    pool: `last` reads the last completion token's state, `mean` the mean over the completion's. The linear layer starts
-    at zero, so that p_real starts at exactly one half.
-    """
 
-    def __init__(self, hidden_size, pool):
-        super().__init__()
-        self.pool = pool
-        self.norm = nn.LayerNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, 2)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+def make_judge(args, player, sampler):
+    """The discriminator that the flags ask for. sampler: the player's model as it samples, for Reason."""
+    return Head(args, player) if args.disc == "head" else Reason(args, player, sampler)
 
-    def forward(self, hidden, mask):
-        hidden = hidden.float()  # (B, T, H)
-        if self.pool == "mean":
-            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
-        else:
-            last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, H)
-        return self.linear(self.norm(pooled))  # (B, 2)
 
+def learnt_labels(args, shown, B, device, step):
+    """Labels (B, 2) of real and generated text; with --d_shuffle half of them REAL in an order that says nothing."""
+    labels = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1)  # (B, 2)
+    if args.d_shuffle:
+        n = len(shown)
+        order = torch.randperm(2 * n, generator=keyed(device, args.seed, "shuffle", step), device=device)
+        labels[shown] = (order % 2).view(2, n).mT
+    return labels
+
+
+# -----------------------------------------------------------------------------
+# the head
 
 def pair_ids(encode, bos, prefix, sep, truth, completion):
     """Ids of a prefix's real and generated text, with masks of their completion tokens, as the head reads them.
@@ -70,7 +85,7 @@ def pair_ids(encode, bos, prefix, sep, truth, completion):
     before, read = prefix + sep, []
     for text in (truth, completion):
         ids, offsets = encode(before + text)
-        mask = [end > len(before) for _, end in offsets]  # a token across the border is the completion's
+        mask = [end > len(before) for _, end in offsets]  # a token across the border belongs to the completion
         read.append((ids, mask))
     n = min(sum(mask) for _, mask in read)
     if n == 0:
@@ -83,21 +98,101 @@ def pair_ids(encode, bos, prefix, sep, truth, completion):
 
 
 def discriminator_loss(logits, labels, kind):
-    """Loss of logits (B, 2): a scalar.
+    """Loss of logits (2b, 2), the real texts first, with labels (2b,): a scalar.
 
-    ce: mean cross-entropy with labels (B,). pair: Bradley-Terry on the two texts of a prefix (GAD, arXiv 2511.10643),
-    which takes the first half for the real ones and the second for the generated ones, in the same order.
+    ce: mean cross-entropy. pair: Bradley-Terry on the two texts of a prefix (GAD, arXiv 2511.10643), without labels.
     """
     if kind == "ce":
         return F.cross_entropy(logits, labels)  # ()
-    real, generated = (logits[:, REAL] - logits[:, 1 - REAL]).chunk(2)  # (B/2,) each
+    real, generated = (logits[:, REAL] - logits[:, 1 - REAL]).chunk(2)  # (b,) each
     return -F.logsigmoid(real - generated).mean()  # ()
+
+
+class Head(nn.Module):
+    """A LayerNorm and a linear layer on the last hidden states, trained by cross-entropy.
+
+    --d_pool last reads the state of the last completion token, mean the mean over the completion's. The linear layer
+    starts at zero, so that p_real starts at exactly one half.
+    """
+
+    def __init__(self, args, player):
+        super().__init__()
+        self.args, self.player, self.device = args, player, player.device
+        self.encode, self.bos = plain_encoder(player.tokenizer), bos_ids(player.tokenizer)
+        self.max_tokens = args.prefix_tokens + args.completion_tokens  # length of the longest sequence
+        size = causal_lm(player.model).config.hidden_size
+        self.norm, self.linear = nn.LayerNorm(size), nn.Linear(size, 2)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.to(self.device)
+
+    def forward(self, hidden, mask):
+        """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real."""
+        hidden = hidden.float()  # (B, T, H)
+        if self.args.d_pool == "mean":
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
+        else:
+            last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, H)
+        return self.linear(self.norm(pooled))  # (B, 2)
+
+    def logits(self, texts):
+        """Logits (B, 2) of texts (ids, mask), which lose their beginning where the model has no room for them."""
+        room = positions(self.player.model)
+        ids, mask = (pad([row[-room:] for row in rows], 0, self.device, kind)
+                     for rows, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T) each
+        return self(hidden_states(self.player.model, ids), mask)  # (B, 2)
+
+    @torch.no_grad()
+    def score(self, windows, texts, step):
+        """Judge the completions (B texts) of B windows, as the discriminator stands."""
+        pairs = [pair_ids(self.encode, self.bos, w.prefix, w.sep, w.truth, text) for w, text in zip(windows, texts)]
+        shown = [i for i, pair in enumerate(pairs) if pair]
+        read = torch.tensor([bool(pair) for pair in pairs], device=self.device)  # (B,)
+        logps = torch.tensor([[0.0, -torch.inf]], device=self.device).repeat(len(pairs), 1)  # (B, 2) surely generated
+        for rows in micro_batches(shown, self.args.micro_batch):
+            logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
+        labels = learnt_labels(self.args, shown, len(pairs), self.device, step)  # (B, 2)
+        return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
+
+    def loss(self, judged, rows):
+        """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
+        logits = self.logits([judged.detail[i][side] for side in (0, 1) for i in rows])  # (2b, 2)
+        loss = discriminator_loss(logits, judged.labels[rows].mT.flatten(), self.args.d_loss)  # ()
+        guessed_real = (logits.argmax(-1) == REAL).view(2, -1)  # (2, b)
+        right = torch.stack([guessed_real[0].sum(), (~guessed_real[1]).sum()]).float().cpu()  # (2,)
+        return self.args.d_loss_scale * loss * len(rows) / len(judged.shown), right  # (), (2,)
+
+    def metrics(self, judged, step):
+        """Metrics of its own, and the rows of verdicts.jsonl: none."""
+        return {}, []
+
+
+# -----------------------------------------------------------------------------
+# the discriminator that reasons
+
+def parse_verdict(reply):
+    """REAL, 1 - REAL or UNPARSED. A verdict is one of the two words alone, in lower case, white space around it aside.
+
+    A stop id need not follow: the budget has room for one more token than the longer word takes.
+    """
+    return next((label for label, word in WORDS.items() if reply.strip() == word), UNPARSED)
+
+
+def cut_alike(encode, sep, truth, completion, most):
+    """Both texts cut to the same number of tokens, at most `most`, as tokenised behind sep; None where one is empty."""
+    texts = [clip(encode, sep, text, most)[0] for text in (truth, completion)]
+    sizes = [clip(encode, sep, text, most)[1] for text in texts]
+    while sizes[0] != sizes[1]:  # repeated, as the end of a cut text may be tokenised in another way
+        texts = [clip(encode, sep, text, min(sizes))[0] for text in texts]
+        sizes = [clip(encode, sep, text, most)[1] for text in texts]
+    return tuple(texts) if sizes[0] else None
 
 
 def verdict_ids(tokenizer, encode, prefix, completion, most=None):
     """Ids of the prompt that asks for a verdict; neither text can open or end a turn.
 
-    most: a prefix that makes it longer than this loses its beginning.
+    most: a prefix that makes the prompt longer than this loses its beginning.
     """
     head, middle, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in
                           VERDICT.replace("{prefix}", "{completion}").split("{completion}"))
@@ -106,80 +201,112 @@ def verdict_ids(tokenizer, encode, prefix, completion, most=None):
     return head + before[over:] + rest
 
 
-# -----------------------------------------------------------------------------
-# what the loop wants of a discriminator
-
-class Judged(NamedTuple):
-    """What a discriminator, as it stands, makes of a batch. An empty completion is not shown: it deceives nobody."""
-    shown: list            # n row numbers, of the prefixes whose two texts were read
-    read: torch.Tensor     # (B,) shown, and not judged in words that cannot be parsed
-    counts: torch.Tensor   # (B,) in the generator's statistics: all but what cannot be parsed
-    p_real: torch.Tensor   # (B,) of the completion: a head's probability, or 1 and 0 by the word of a verdict
-    log_generated: torch.Tensor | None  # (B,) log(1 - p_real), of a head
-    d_value: torch.Tensor | None        # (B,) chance that the verdict on the completion is right, of a value head
-    shuffled: torch.Tensor | None       # (2n,) labels to learn in place of the true ones, as a control
-    own: Any               # whatever else its lesson needs
+class Verdicts(NamedTuple):
+    """Verdicts on 2n texts."""
+    roll: Rollout
+    ends: torch.Tensor       # (2n,) where each prompt's last token stands
+    said: torch.Tensor       # (2n,) REAL, 1 - REAL or UNPARSED
+    value: torch.Tensor      # (2n,) d_value
+    immediate: torch.Tensor  # (2n,) chance of `real`, out of the two words, right after an empty thinking
 
 
-def true_labels(n, device):
-    """Of the texts of n rows: first the real ones, then the generated ones, as they always stand."""
-    return torch.tensor([REAL] * n + [1 - REAL] * n, device=device)  # (2n,)
+class Reason(nn.Module):
+    """Thinks, then gives its verdict; learns by policy gradient."""
 
+    def __init__(self, args, player, sampler):
+        super().__init__()
+        self.args, self.player, self.device, self.sampler = args, player, player.device, sampler
+        self.encode, self.rules = plain_encoder(player.tokenizer), rules(player.tokenizer, player.model)
+        self.think_tokens = args.reasoning_tokens if args.d_think_tokens is None else args.d_think_tokens
+        words = [[i for i, (_, end) in zip(*self.encode("\n\n" + WORDS[label])) if end > 2] for label in (0, 1)]
+        first = next(i for i, (a, b) in enumerate(zip(*words)) if a != b)  # where the two words begin to differ
+        self.opening, self.choice = self.rules.close.tolist() + words[0][:first], [word[first] for word in words]
+        self.verdict_tokens = max(map(len, words)) + 1
+        self.num_positions = 2 * args.batch_size * (self.think_tokens + self.verdict_tokens)
+        reply = self.think_tokens + len(self.rules.close) + self.verdict_tokens
+        self.max_prompt = positions(player.model) - reply
+        self.max_tokens = (len(verdict_ids(player.tokenizer, self.encode, "", "")) + args.prefix_tokens
+                           + args.completion_tokens + reply)  # length of the longest sequence
+        size = causal_lm(player.model).config.hidden_size
+        self.value = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 1)).to(self.device)
+        for p in self.value[1].parameters():
+            nn.init.zeros_(p)  # d_value starts at exactly one half
 
-def shuffled_labels(n, generator, device):
-    """Half of them REAL, in an order that the texts have no part in."""
-    return torch.randperm(2 * n, generator=generator, device=device) % 2  # (2n,)
+    def decode(self, ids):
+        return self.player.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
+    def value_logits(self, hidden, ends):
+        """Logits of d_value, from the states (2b, T, H) at the ends (2b,) of the prompts."""
+        return self.value(hidden[torch.arange(len(ends), device=self.device), ends].float())[:, 0]  # (2b,)
 
-def told_labels(judged, rows, device):
-    """The labels that the texts of some rows are learnt with."""
-    if judged.shuffled is None:
-        return true_labels(len(rows), device)  # (2b,)
-    places = [judged.shown.index(i) for i in rows]
-    return judged.shuffled[places + [len(judged.shown) + place for place in places]]  # (2b,)
-
-
-class Head:
-    """A `Discriminator` and what it reads; learns by cross-entropy."""
-    files, samples = (), False  # names of .jsonl files of its own; whether it writes
-
-    def __init__(self, model, tokenizer, num_tokens, micro_batch, loss_scale, shuffle, pool, kind):
-        """num_tokens: most of a prefix and of a completion. pool and kind: see Discriminator, discriminator_loss."""
-        self.model, self.device, self.room = model, causal_lm(model).device, positions(model)
-        self.encode, self.bos, self.most = plain_encoder(tokenizer), bos_ids(tokenizer), sum(num_tokens)
-        self.micro_batch, self.loss_scale, self.shuffle, self.kind = micro_batch, loss_scale, shuffle, kind
-        self.head = Discriminator(causal_lm(model).config.hidden_size, pool).to(self.device)
-        self.modules = {"head": self.head}
-
-    def logits(self, texts):
-        """Of texts (ids, mask of the completion), which lose their beginning where the model has no room for them."""
-        ids, mask = (pad([row[-self.room:] for row in rows], 0, self.device, kind)
-                     for rows, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T) each
-        return self.head(hidden_states(self.model, ids), mask)  # (B, 2)
+    def verdicts(self, prompts, generator):
+        """Verdicts on the texts in 2n prompts (lists of ids)."""
+        self.sampler.sync(self.player.adapter)
+        roll = rollout(self.sampler, prompts, self.rules, self.think_tokens, self.verdict_tokens, self.args.temperature,
+                       generator)
+        said = torch.tensor([parse_verdict(self.decode(ids)) for ids in roll.reply], device=self.device)  # (2n,)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)  # (2n,)
+        value, immediate = (torch.zeros(len(prompts), device=self.device) for _ in range(2))  # (2n,) each
+        for texts in micro_batches(range(len(prompts)), 2 * self.args.micro_batch):
+            ids = pad([prompts[k] + self.opening for k in texts], 0, self.device)  # (2b, T)
+            hidden = hidden_states(self.player.model, ids, roll.shared)  # (2b, T, H)
+            value[texts] = self.value_logits(hidden, ends[texts]).sigmoid()  # (2b,)
+            last = hidden[torch.arange(len(texts), device=self.device), ends[texts] + len(self.opening)]  # (2b, H)
+            logits = head_logits(self.player.model, last)[:, self.choice].float()  # (2b, 2)
+            immediate[texts] = (logits / (self.args.temperature or 1.0)).softmax(-1)[:, REAL]  # (2b,)
+        return Verdicts(roll, ends, said, value, immediate)
 
     @torch.no_grad()
-    def look(self, batch, completions, random_for, step):
-        """Judge B windows with their completions (text, number of tokens). random_for(purpose, step): a generator."""
-        pairs = [pair_ids(self.encode, self.bos, w.prefix, w.sep, w.truth, text)
-                 for w, (text, _) in zip(batch, completions)]  # (real ids, mask), (generated ids, mask)
+    def score(self, windows, texts, step):
+        """Judge the completions (B texts) of B windows, as the discriminator stands."""
+        pairs = [cut_alike(self.encode, w.sep, w.truth, text, self.args.completion_tokens)
+                 for w, text in zip(windows, texts)]  # (real, generated)
         shown = [i for i, pair in enumerate(pairs) if pair]
-        read = torch.tensor([bool(pair) for pair in pairs], device=self.device)  # (B,)
-        logps = torch.tensor([[0.0, -torch.inf]], device=self.device).repeat(len(batch), 1)  # (B, 2) generated, surely
-        for rows in micro_batches(shown, self.micro_batch):
-            logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
-        p_real, log_generated, shuffled = logps[:, REAL].exp(), logps[:, 1 - REAL], None  # (B,) each
-        if self.shuffle:
-            shuffled = shuffled_labels(len(shown), random_for("shuffle", step), self.device)  # (2n,)
-        return Judged(shown, read, torch.ones_like(read), p_real, log_generated, None, shuffled, pairs)
+        prompts = [verdict_ids(self.player.tokenizer, self.encode, windows[i].prefix, windows[i].sep + pairs[i][side],
+                               self.max_prompt) for side in (0, 1) for i in shown]
+        B, verdicts = len(windows), None
+        p_real, d_value = torch.zeros(B, device=self.device), torch.ones(B, device=self.device)  # (B,) each
+        read, unread = (torch.zeros(B, dtype=torch.bool, device=self.device) for _ in range(2))  # (B,) each
+        if shown:
+            verdicts = self.verdicts(prompts, keyed(self.device, self.args.seed, "verdict", step))
+            said = verdicts.said[len(shown):]  # (n,) of the completions
+            p_real[shown], d_value[shown] = (said == REAL).float(), verdicts.value[len(shown):]  # (n,) each
+            read[shown], unread[shown] = said != UNPARSED, said == UNPARSED  # (n,) each
+        labels = learnt_labels(self.args, shown, B, self.device, step)  # (B, 2)
+        return Judged(shown, read, ~unread, p_real, None, d_value, labels, verdicts)
 
     def loss(self, judged, rows):
-        """Loss of the texts of some rows, as their part of all; and how many real and generated ones it gets right."""
-        logits = self.logits([judged.own[i][side] for side in (0, 1) for i in rows])  # (2b, 2)
-        told = told_labels(judged, rows, self.device)  # (2b,)
-        loss = self.loss_scale * discriminator_loss(logits, told, self.kind) * len(rows) / len(judged.shown)  # ()
-        right = logits.argmax(-1) == true_labels(len(rows), self.device)  # (2b,)
-        return loss, right.float().view(2, -1).sum(1).cpu()  # (), (2,)
+        """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
+        verdicts, n, place = judged.detail, len(judged.shown), judged.shown.index(rows[0])
+        texts = [first + i for first in (place, n + place) for i in range(len(rows))]
+        reward = (verdicts.said[texts] == judged.labels[rows].mT.flatten()).float()  # (2b,)
+        stats, hidden = sampled_stats(self.player.model, verdicts.roll, texts, self.rules, self.args.temperature,
+                                      self.args.d_kl_coef > 0, return_hidden=True)  # (N,) each, (2b, T, H)
+        advantage = (reward - verdicts.value[texts]).repeat_interleave(verdicts.roll.sampled[texts].sum(1))  # (N,)
+        loss = policy_loss(stats.logp, stats.kl, advantage, self.args.d_kl_coef, self.num_positions)  # ()
+        logits = self.value_logits(hidden, verdicts.ends[texts])  # (2b,)
+        value_loss = F.binary_cross_entropy_with_logits(logits, reward, reduction="sum")  # ()
+        loss += VALUE_COEF / (2 * self.args.batch_size) * value_loss
+        said_real, said = verdicts.said[texts[:len(rows)]] == REAL, verdicts.said[texts[len(rows):]]  # (b,) each
+        right = torch.stack([said_real.sum(), (said == 1 - REAL).sum()]).float().cpu()  # (2,)
+        return self.args.d_loss_scale * loss, right  # (), (2,)
 
-    def tell(self, judged, step):
-        """Metrics of its own, and rows for its own files."""
-        return {}, {}
+    def metrics(self, judged, step):
+        """Metrics of its own, means over the verdicts (null where there are none), and the rows of verdicts.jsonl."""
+        verdicts, n, rows = judged.detail, len(judged.shown), []
+        for k in range(2 * n):
+            think, reply = self.decode(verdicts.roll.think[k]), self.decode(verdicts.roll.reply[k])
+            says_real = verdicts.immediate[k].item()
+            rows.append(dict(
+                step=step, row=judged.shown[k % n], text=WORDS[REAL if k < n else 1 - REAL],
+                verdict=WORDS.get(verdicts.said[k].item()),
+                immediate=says_real if k < n else 1 - says_real,  # chance to be right
+                d_value=verdicts.value[k].item(), think=think, reply=reply, n_think=len(verdicts.roll.think[k])))
+        values = dict(
+            d_value=[row["d_value"] for row in rows],
+            d_brier=[(row["d_value"] - (row["verdict"] == row["text"])) ** 2 for row in rows],
+            d_parsed=[row["verdict"] is not None for row in rows],
+            d_num_think=[row["n_think"] for row in rows],
+            d_think_empty=[not row["think"].strip() for row in rows],
+            d_acc_immediate=[row["immediate"] for row in rows])
+        return {key: sum(some) / len(rows) if rows else None for key, some in values.items()}, rows

@@ -1,12 +1,13 @@
 """
-The base model in nf4, int8, bf16, fp16 or fp32, its rsLoRA adapters, and what its heads say of chosen tokens.
+The base model in nf4, int8, bf16, fp16 or fp32, its rsLoRA adapters, the two players, and what a model says of marked
+tokens: log-prob, entropy and exact KL.
 
 What differs from the textbook:
 1. Log-probs, entropy and exact KL are computed from hidden states, in chunks of rows, and their gradients are taken in
    the forward pass: positions x vocabulary never stands in memory, and no logit is computed twice.
 2. Ids that the tokenizer lacks are sliced off; ids forbidden at a position get FORBIDDEN, in sampler and learner alike.
 
-Letters: B sequences, T tokens, N chosen positions (n in a chunk of them, K kinds), V vocabulary, H hidden.
+Letters: B sequences, T tokens, N marked tokens (n in a chunk of them), K kinds of position, V vocabulary, H hidden.
 """
 import contextlib
 import logging
@@ -17,8 +18,8 @@ import sys
 import warnings
 from typing import NamedTuple
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it complains, on a CPU, of a kernel that is optional
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # peft's, not ours
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns about a kernel that is optional
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # raised inside peft
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -35,16 +36,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = pathlib.Path(__file__).parent / "demo"
 EMBEDDED = {"demo": str(DEMO / "base"), "demo-small": str(DEMO / "small")}
 FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, and 0 * (x - x) stays 0 in the KL
-CHUNK_BYTES = 1 << 26  # of one (rows, V) fp32 buffer of token_logps, which holds up to five
-CHUNK_ROWS = 512       # and its most rows: with a small vocabulary more are slower on a CPU
+CHUNK_BYTES = 1 << 26  # size of one (n, V) fp32 buffer of token_stats, which holds up to five
+CHUNK_ROWS = 512       # most rows of one: with a small vocabulary more are slower on a CPU
 
 
 def checked_device(name):
     """The torch device of a --device flag: cpu, or a cuda that is there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: must be cpu, cuda, or cuda:0, cuda:1, ...") from None
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there is no such GPU here; python train.py --preset demo needs none")
     if device.type == "cuda":
@@ -53,45 +51,14 @@ def checked_device(name):
 
 
 def memory_gb(device):
-    """Most memory used so far: of the GPU, or of this process, in GiB."""
+    """Peak memory in GiB: the GPU's, or this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def memory_needs(players, optimizers, merged=0):
-    """What a run takes, roughly, in GiB by purpose; players: (model, tokens of a sequence, sequences sampled at once,
-    sequences a pass of the update), in turn. Weights and caches of both stay in memory, activations of one at a time.
-
-    Adapters are fp32, with gradients, and two moments an optimiser, in 8 bits or fp32. A layer of Qwen3 keeps about 23
-    numbers of H a token for the backward pass (measured: 5.5 GiB at 862 tokens of Qwen3-8B in bf16) or its input alone.
-    merged: bytes of the copies that sample.
-    """
-    frozen, cache, activations = {}, [], []
-    for model, num_tokens, num_sampled, num_passed in players:
-        config, base = causal_lm(model).config.get_text_config(), causal_lm(model)
-        frozen[id(base)] = sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = base.get_output_embeddings().weight.element_size()
-        cache.append(2 * config.num_hidden_layers * heads * head_dim * size * num_sampled * num_tokens)
-        kept = 1 if getattr(base, "is_activation_checkpointing", False) else 23
-        activations.append(kept * size * config.hidden_size * config.num_hidden_layers * num_passed * num_tokens)
-    trained, adapters = set(), 0
-    for optimizer in optimizers:  # two that share an adapter have moments each
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        adapters += (2 if "8bit" in type(optimizer).__name__ else 8) * sum(p.numel() for p in params)
-        trained |= {*params}
-    adapters += 8 * sum(p.numel() for p in trained)
-    parts = {"weights": sum(frozen.values()), "merged copy": merged, "adapters": adapters, "cache": sum(cache),
-             "activations": max(activations)}
-    return {purpose: size / 2**30 for purpose, size in parts.items()}
-
-
-def positions(model):
-    """The most tokens of a sequence, as the model's config has it."""
-    return getattr(causal_lm(model).config, "max_position_embeddings", None) or sys.maxsize
-
+# -----------------------------------------------------------------------------
+# loading
 
 def load_tokenizer(name, flag="--model"):
     """The tokenizer of a hub id, a folder, or an embedded model; `flag` is the one that named it."""
@@ -106,7 +73,7 @@ def load_model(name, quant, dtype, device, flag="--model"):
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
     """
-    name = EMBEDDED.get(name, name)
+    path = EMBEDDED.get(name, name)
     config = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
@@ -116,7 +83,7 @@ def load_model(name, quant, dtype, device, flag="--model"):
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
+            path, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:  # no such model, no hub, torn weights, not a causal LM
         raise UserError(f"{flag} {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
     model.requires_grad_(False)
@@ -126,15 +93,89 @@ def load_model(name, quant, dtype, device, flag="--model"):
             module.support_avx512bf16_for_cpu = False
     ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
     with torch.no_grad():
-        told, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
-    if not torch.allclose(told.float(), ours.float(), rtol=0.05, atol=0.05):
+        theirs, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
+    if not torch.allclose(theirs.float(), ours.float(), rtol=0.05, atol=0.05):
         raise UserError(f"{flag} {name} changes its logits after the output layer (a soft cap, a scale), "
-                        "which token_logps does not know")
+                        "which token_stats does not support; choose another model")
     return model, tokenizer
 
 
+def load_players(args, device):
+    """The generator and the discriminator, as train.py's flags describe them: one model or two, one adapter or two."""
+    names = ["shared"] if args.adapters == "shared" else ["generator", "discriminator"]
+    model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
+    model = add_adapters(model, names[:1] if args.d_model else names, args.rank, args.alpha)
+    players = [Player(model, tokenizer, name) for name in (names[0], names[-1])]
+    if args.d_model:
+        d_model, d_tokenizer = load_model(args.d_model, args.quant, args.dtype, device, "--d_model")
+        players[1] = Player(add_adapters(d_model, names[1:], args.rank, args.alpha, "--d_model"), d_tokenizer, names[1])
+    if args.grad_ckpt:
+        for lm in {id(player.model): player.model for player in players}.values():
+            checkpoint_layers(lm)
+    return players
+
+
+class Player:
+    """One of the two players: a model, its tokenizer, an adapter that makes it this player, and the adapter's Adam."""
+
+    def __init__(self, model, tokenizer, adapter):
+        self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
+        self.device = causal_lm(model).device
+        self.bad_steps = 0  # steps in a row, up to now, whose gradient was not finite
+
+    def activate(self):
+        """Make its adapter the active one. Never between a forward and its backward: peft drops the gradients."""
+        self.model.set_adapter(self.adapter)
+
+    def check_length(self, num_tokens):
+        """Refuse sequences that are longer than the model's config allows."""
+        if num_tokens > positions(self.model):
+            raise UserError(f"{causal_lm(self.model).config.name_or_path} has {positions(self.model)} positions, and a "
+                            f"sequence takes up to {num_tokens}; lower --prefix_tokens, --reasoning_tokens, "
+                            "--completion_tokens, --echo_tokens or --d_think_tokens")
+
+    def optimize(self, lr, args, head=()):
+        """Train its adapter, and the parameters of a head, by Adam at learning rate lr."""
+        Adam = torch.optim.Adam
+        if args.optim == "adam8bit":
+            from bitsandbytes.optim import Adam8bit as Adam
+        self.lr, self.grad_clip = lr, args.grad_clip
+        self.params = adapter_parameters(self.model, self.adapter) + list(head)
+        self.optimizer = Adam(self.params, lr=lr, betas=(args.beta1, args.beta2))
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=args.dtype == "fp16")
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr_factor):
+        """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
+        if all(p.grad is None for p in self.params):
+            return 0.0
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip).item()
+        self.optimizer.param_groups[0]["lr"] = self.lr * lr_factor
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        return norm if math.isfinite(norm) else None
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.bad_steps = state["bad_steps"]
+
+
+# -----------------------------------------------------------------------------
+# adapters
+
 class Wide(torch.nn.Linear):
-    """A layer of fp32 weights that takes 16-bit inputs: cast for the product, kept for the gradient as they came."""
+    """A linear layer with fp32 weights and 16-bit inputs, which are cast for the product and kept as they came."""
 
     def forward(self, x):
         return _WideProduct.apply(x, self.weight)  # (..., out)
@@ -154,7 +195,7 @@ class _WideProduct(torch.autograd.Function):
 
 
 def add_adapters(model, names, rank, alpha, flag="--model"):
-    """Wrap the model with one rsLoRA adapter a name on all its linear layers; the scale is alpha / sqrt(rank).
+    """Wrap the model with rsLoRA adapters of these names on all its linear layers; the scale is alpha / sqrt(rank).
 
     Adapters are fp32. peft would keep an fp32 copy of each layer's input for the backward pass; ours keeps the input.
     """
@@ -173,30 +214,25 @@ def add_adapters(model, names, rank, alpha, flag="--model"):
 
 
 def checkpoint_layers(model):
-    """Keep only each layer's input for the backward pass and compute the rest again. Dropout stays off."""
+    """Keep only each layer's input for the backward pass and recompute the rest. Dropout stays off."""
     causal_lm(model).activation_checkpointing_enable({"use_reentrant": False})
     for module in causal_lm(model).modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # of this module alone: what it looks at to know that a backward pass will come
-
-
-def load_adapters(model, folder):
-    """Read every adapter's weights back from a folder that `model.save_pretrained` wrote."""
-    for name in model.peft_config:
-        load_adapter(model, pathlib.Path(folder) / name, name)
+            module.training = True  # this module alone: it reads the flag to decide whether to checkpoint
 
 
 def load_adapter(model, folder, name):
-    """Read one adapter's weights from the folder of one that may have had another name."""
-    weights = load_file(folder / "adapter_model.safetensors")
-    if len(weights) != len(adapter_parameters(model, name)):
-        raise ValueError(f"adapter {name} has {len(weights)} tensors, the model "
-                         f"{len(adapter_parameters(model, name))}")
+    """Read one adapter's weights from a folder in peft's format, where it may have another name."""
+    weights = load_file(pathlib.Path(folder) / "adapter_model.safetensors")
+    expected = {key.replace(f".{name}.", ".") for key, _ in model.named_parameters()
+                if "lora_" in key and f".{name}." in key}
+    if weights.keys() != expected:
+        raise ValueError(f"the tensors of adapter {name} are not those of the model")
     set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def adapter_parameters(model, name):
-    """The parameters of one adapter, by name: `requires_grad` tells only which adapter is active just now."""
+    """The parameters of one adapter, by name: `requires_grad` only says which adapter is active at the moment."""
     return [p for key, p in model.named_parameters() if "lora_" in key and f".{name}." in key]
 
 
@@ -205,26 +241,16 @@ def without_adapters(model):
     return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def reference(model, name=None):
-    """Context in which the model is the KL's reference: its base, or the adapter of that name, which is never trained.
-
-    Never enter it between a forward and its backward: switching adapters loses the gradients, without an error.
-    """
-    if name is None:
-        with without_adapters(model):
-            yield
-        return
-    active = model.active_adapter
-    model.set_adapter(name, inference_mode=True)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
-
-
 def causal_lm(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# -----------------------------------------------------------------------------
+# states and logits
+
+def positions(model):
+    """The longest sequence that the model's config allows, in tokens."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def sees_all(model):
@@ -278,44 +304,42 @@ def micro_batches(rows, size):
     return [rows[first:first + (size or len(rows))] for first in range(0, len(rows), size or len(rows) or 1)]
 
 
-def update(optimizer, lr, grad_clip, state):
-    """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped.
-
-    The gradients are those of the loss times state["loss_scale"], which is halved where they overflow, as fp16's do.
-    """
-    (group,) = optimizer.param_groups
-    for p in (p for p in group["params"] if p.grad is not None):
-        p.grad /= state["loss_scale"]
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], grad_clip).item()
-    group["lr"] = lr
-    if math.isfinite(norm):
-        optimizer.step()
-    else:
-        norm, state["loss_scale"] = None, max(state["loss_scale"] / 2, 1.0)
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 # -----------------------------------------------------------------------------
-# what the model says of the tokens that were drawn
+# statistics of marked tokens
 
 class TokenStats(NamedTuple):
-    logp: torch.Tensor      # (N,) log-prob of the target, nats
-    entropy: torch.Tensor   # (N,) of the policy, nats
-    kl: torch.Tensor        # (N,) exact KL(policy || reference) over the vocabulary, nats; 0 without a reference
-    ref_logp: torch.Tensor  # (N,) log-prob of the target under the reference; 0 without one
+    logp: torch.Tensor      # (N,) log-prob of the token, nats
+    entropy: torch.Tensor   # (N,) entropy of the policy, nats
+    kl: torch.Tensor        # (N,) exact KL(policy || base) over the vocabulary, nats; 0 where it is not asked for
+    ref_logp: torch.Tensor  # (N,) log-prob of the token under the base; 0 where the KL is not asked for
 
 
-def token_logps(model, hidden, targets, blocked, kind, ref_hidden=None, temperature=1.0, entropy_grad=False):
-    """Per-token statistics of N positions from their hidden states.
+def token_stats(model, ids, mask, blocked=None, kind=None, temperature=1.0, with_kl=False, shared=0,
+                return_hidden=False):
+    """TokenStats of the N marked tokens, row by row, under the active adapter.
 
-    hidden, ref_hidden: (N, H), the states that predict the targets, under the policy and (no gradient) the reference.
-    targets: (N,) ids. blocked: (K, V) bool, forbidden ids by kind of position; kind: (N,) its row for each position.
-    Gradients flow into `hidden` alone, through logp and kl, and through entropy if entropy_grad. Log-sum-exp in fp32.
+    ids: (B, T). mask: (B, T) bool, the marked tokens; the state at t - 1 predicts the token at t. blocked: (K, V) bool,
+    forbidden ids by kind of position (None: nothing is forbidden); kind: (B, T), each position's row of it (None: 0).
+    with_kl: compare with the base, adapters off. shared: see hidden_states. return_hidden: return (stats, hidden), with
+    the states (B, T, H). Gradients flow through logp and kl. Log-sum-exp in fp32.
     """
+    def predicting(hidden):
+        return hidden[:, :-1][mask[:, 1:]]  # (N, H)
+
+    ref_hidden = None
+    if with_kl:
+        with torch.no_grad(), without_adapters(model):
+            ref_hidden = predicting(hidden_states(model, ids, shared))  # (N, H)
+    hidden = hidden_states(model, ids, shared)  # (B, T, H)
+    targets = ids[mask]  # (N,)
+    kind = torch.zeros_like(targets) if kind is None else kind[mask]  # (N,)
+    if blocked is None:
+        size = causal_lm(model).get_output_embeddings().weight.shape[0]
+        blocked = torch.zeros(1, size, dtype=torch.bool, device=ids.device)  # (1, V)
     weight, bias = head_weights(model, blocked.shape[1])  # (V, H), (V,)
-    stats = _TokenStats.apply(hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature, entropy_grad)
-    return TokenStats(*stats)  # (N,) each
+    stats = TokenStats(*_TokenStats.apply(
+        predicting(hidden), ref_hidden, weight, bias, targets, blocked, kind, temperature or 1.0))  # (N,) each
+    return (stats, hidden) if return_hidden else stats
 
 
 def row_logps(hidden, weight, bias, blocked, temperature):
@@ -331,16 +355,16 @@ class _TokenStats(torch.autograd.Function):
     """Gradients by hand, with z the logits, p the policy, q the reference, e_t the target's one-hot row:
 
     d logp / dz = e_t - p,  d kl / dz = p (log p - log q - kl),
-    d entropy / dz = -p (log p + entropy),  dz / dh = W / temperature.
+    dz / dh = W / temperature. Entropy is logged only.
     """
 
     @staticmethod
-    def forward(ctx, hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature, entropy_grad):
+    def forward(ctx, hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature):
         N, V = len(targets), weight.shape[0]
         logp, entropy, kl, ref_logp = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))  # (N,) each
         need = ctx.needs_input_grad[0]
-        grads = [torch.zeros_like(hidden) if wanted else None for wanted in
-                 (need, need and entropy_grad, need and ref_hidden is not None)]  # (N, H) each
+        grads = [torch.zeros_like(hidden) if wanted else None
+                 for wanted in (need, need and ref_hidden is not None)]  # (N, H) each: of logp, of kl
         size = min(max(16, CHUNK_BYTES // (4 * V)), CHUNK_ROWS)
         for first in range(0, N, size):
             rows = slice(first, first + size)
@@ -349,23 +373,22 @@ class _TokenStats(torch.autograd.Function):
             p = log_p.exp()  # (n, V)
             logp[rows] = log_p.gather(1, target)[:, 0]  # (n,)
             entropy[rows] = -(p * log_p).sum(-1)  # (n,)
-            if grads[1] is not None:
-                grads[1][rows] = -(p * (log_p + entropy[rows, None])).to(weight.dtype) @ weight / temperature  # (n, H)
             if ref_hidden is not None:
                 log_q = row_logps(ref_hidden[rows], weight, bias, mask, temperature)  # (n, V)
                 ref_logp[rows] = log_q.gather(1, target)[:, 0]  # (n,)
                 ratio = log_p.sub_(log_q)  # (n, V)
                 kl[rows] = (p * ratio).sum(-1)  # (n,)
-                if grads[2] is not None:
-                    grads[2][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature  # (n, H)
+                if grads[1] is not None:
+                    grads[1][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature  # (n, H)
             if grads[0] is not None:  # e_t - p before the cast: in bf16 a p of 0.999 is 1, and nothing would be left
                 p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # (n, V)
                 grads[0][rows] = p.to(weight.dtype) @ weight / temperature  # (n, H)
         ctx.grads = grads
-        ctx.mark_non_differentiable(*([ref_logp] if entropy_grad else [ref_logp, entropy]))
+        ctx.mark_non_differentiable(entropy, ref_logp)
         return logp, entropy, kl, ref_logp
 
     @staticmethod
-    def backward(ctx, *upstream):  # of logp, entropy, kl, ref_logp: (N,) each
-        total = sum(g * up[:, None].to(g.dtype) for g, up in zip(ctx.grads, upstream) if g is not None)  # (N, H)
-        return (total,) + (None,) * 8
+    def backward(ctx, d_logp, d_entropy, d_kl, d_ref_logp):  # (N,) each
+        total = sum(grad * up[:, None].to(grad.dtype) for grad, up in zip(ctx.grads, (d_logp, d_kl))
+                    if grad is not None)  # (N, H)
+        return (total,) + (None,) * 7

@@ -1,11 +1,14 @@
 """
-Rewards, length score, baseline, advantages and the generator's loss: pure functions, tested by hand-worked tables.
+Rewards, baseline, advantages and the generator's loss: pure functions, tested by hand-worked tables.
 
 Letters: B sequences, N sampled positions.
 """
+import math
+
 import torch
 
-REAL = 1  # the discriminator's class of the real text; 0 is generated
+REAL = 1         # the discriminator's class of the real text; 0 is generated
+AZR_LEAST = 1/8  # a d_value up to this earns nothing under --g_reward azr
 
 
 def length_score(n, completion_tokens):
@@ -13,13 +16,13 @@ def length_score(n, completion_tokens):
     return min(n / completion_tokens, 1.0)
 
 
-def generator_reward(judged, length_scores, kind, d_scale, azr_t):
-    """What the generator is paid: (B,) by a discriminator.Judged and length scores (B,).
+def generator_reward(judged, length_scores, kind, d_scale):
+    """The generator's reward (B,), from a discriminator.Judged and length scores (B,).
 
-    prob:   d_scale * p_real * length_score; of a verdict in words: 1 - its correctness, in place of p_real
-    neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure.
-    azr:    d_scale * (1 - d_value if d_value > azr_t else 0) * length_score (after arXiv 2505.03335, where a proposer
-            earns 1 - the solver's pass rate, and 0 for what nobody solves).
+    prob:   d_scale * p_real * length_score
+    neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure
+    azr:    d_scale * (1 - d_value if d_value > 1/8 else 0) * length_score (after arXiv 2505.03335, where a proposer
+            earns 1 - the solver's pass rate, and 0 for what nobody solves)
     None is ever negative: a negative reward times a length score would pay for writing nothing.
     """
     if kind == "prob":
@@ -27,23 +30,42 @@ def generator_reward(judged, length_scores, kind, d_scale, azr_t):
     elif kind == "neglog":
         score = -judged.log_generated  # (B,)
     else:
-        score = torch.where(judged.d_value > azr_t, 1 - judged.d_value, 0.0)  # (B,)
+        score = torch.where(judged.d_value > AZR_LEAST, 1 - judged.d_value, 0.0)  # (B,)
     return d_scale * score * length_scores  # (B,)
 
 
-def ema(average, value, decay):
-    """The exponential moving average after `value`; a first value (average None) starts it."""
-    return value if average is None else decay * average + (1 - decay) * value
+class Baseline:
+    """Moving averages of the batch's mean reward and of its squared distance from that average.
 
-
-def advantages(rewards, baseline, variance=None):
-    """rewards (B,) minus the baseline from before the batch, over the root of a running variance if one is given: (B,).
-
-    The variance is the moving average of (rewards - baseline)^2, this batch included: so that an advantage stays below
-    sqrt(B / (1 - decay)) even where all rewards were equal until now.
+    The average that a batch is compared with is from before the batch; the first batch starts it. The variance includes
+    the batch, so that an advantage stays below sqrt(B / (1 - decay)) even where all rewards were equal until now.
     """
-    advantage = rewards - baseline  # (B,)
-    return advantage if variance is None else advantage / (variance ** 0.5 + 1e-8)  # (B,)
+
+    def __init__(self, decay, normalize):
+        self.decay, self.normalize, self.mean, self.variance, self.used = decay, normalize, None, None, None
+
+    def advantages(self, reward, counts):
+        """reward (B,) minus the baseline, divided by the running standard deviation if normalize; 0 where a reward does
+        not count, by counts (B,) bool: (B,).
+        """
+        new = reward[counts].mean().item()
+        self.used = new if self.mean is None else self.mean
+        variance = (reward - self.used)[counts].square().mean().item()
+        if math.isfinite(new) and math.isfinite(variance):  # neither is where nothing counts
+            self.mean, self.variance = self.average(self.mean, new), self.average(self.variance, variance)
+        advantage = reward - self.used  # (B,)
+        if self.normalize and self.variance is not None:
+            advantage = advantage / (self.variance ** 0.5 + 1e-8)  # (B,)
+        return torch.where(counts, advantage, 0.0)  # (B,)
+
+    def average(self, old, new):
+        return new if old is None else self.decay * old + (1 - self.decay) * new
+
+    def state_dict(self):
+        return {"mean": self.mean, "variance": self.variance}
+
+    def load_state_dict(self, state):
+        self.mean, self.variance = state["mean"], state["variance"]
 
 
 def policy_loss(logp, kl, advantage, kl_coef, num_positions):

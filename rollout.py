@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from data import clip, prompt_ids
-from model import FORBIDDEN, causal_lm, head_weights, hidden_states, pad, reference, token_logps
+from data import clip, opens_thinking, plain_encoder, prompt_ids
+from model import FORBIDDEN, causal_lm, head_weights, pad, token_stats
+from reward import length_score
 from sampler import BUCKET, Growing, Sampler, Standing, turned
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -212,53 +213,62 @@ def loop_for(model, settings, rows, width):
     return loop
 
 
-def complete(model, tokenizer, encode, rules, batch, reasoning_tokens, completion_tokens, echo_tokens, temperature,
-             generator):
-    """A rollout for each window of a batch, and B pairs: its completion as text, without the echo and cut to
-    completion_tokens, and the number of its tokens.
-    """
-    prompts = [prompt_ids(tokenizer, encode, window.prefix) for window in batch]
-    roll = rollout(model, prompts, rules, reasoning_tokens, completion_tokens + echo_tokens, temperature, generator)
-    completions = []
-    for window, reply in zip(batch, roll.reply):
-        text = tokenizer.decode(reply, clean_up_tokenization_spaces=False).rstrip("\ufffd")  # a character cut in two
-        text = strip_echo(text, window.prefix, echo_tokens)
-        text, n = clip(encode, window.prefix + window.sep, text, completion_tokens)
-        completions.append((text, min(n, len(reply))))  # a special token, read as plain text, is five: count it once
-    return roll, completions
+class Samples(NamedTuple):
+    """Completions of B windows."""
+    roll: Rollout
+    texts: list  # B completions, without the echo, cut to completion_tokens
+    sizes: list  # B numbers of their tokens
 
 
-def taught(roll, prompts, answers, rules):
-    """The rollout with given completions (B lists of ids) in place of the drawn ones; only these count as sampled."""
-    device, close = rules.close.device, rules.close.tolist()
-    heads = [prompt + think + close for prompt, think in zip(prompts, roll.think)]
-    ids = pad([head + answer for head, answer in zip(heads, answers)], rules.pad, device)  # (B, T)
-    sampled = pad([[False] * len(head) + [True] * len(answer) for head, answer in zip(heads, answers)], False, device,
-                  torch.bool)  # (B, T)
-    never = torch.full(ids.shape, torch.nan, device=device)  # (B, T) no sampler drew them
-    return roll._replace(ids=ids, sampled=sampled, thinking=torch.zeros_like(sampled), logps=never, reply=answers)
+class Writer:
+    """Samples completions of windows, as a run's flags say."""
+
+    def __init__(self, sampler, tokenizer, args):
+        self.sampler, self.tokenizer, self.args, self.encode = sampler, tokenizer, args, plain_encoder(tokenizer)
+        self.rules = rules(tokenizer, sampler.model)
+        if not args.reasoning_tokens and not opens_thinking(args.prompt):
+            self.rules = self.rules._replace(close=self.rules.close[:0])  # there is no thinking to close
+        self.max_tokens = (len(self.prompt_ids("")) + args.prefix_tokens + args.reasoning_tokens + len(self.rules.close)
+                           + args.completion_tokens + args.echo_tokens)  # length of the longest sequence
+
+    def prompt_ids(self, prefix):
+        return prompt_ids(self.tokenizer, self.encode, self.args.prompt, prefix)
+
+    def decode(self, ids):
+        """Text of ids; a character that is cut in two at the end is left out."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+    def write(self, windows, adapter, *key):
+        """Samples for B windows under an adapter (None: the base)."""
+        args, generator = self.args, keyed(self.rules.close.device, self.args.seed, *key)
+        self.sampler.sync(adapter)
+        prompts = [self.prompt_ids(window.prefix) for window in windows]
+        roll = rollout(self.sampler, prompts, self.rules, args.reasoning_tokens,
+                       args.completion_tokens + args.echo_tokens, args.temperature, generator)
+        texts, sizes = [], []
+        for window, reply in zip(windows, roll.reply):
+            text = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
+            text, n = clip(self.encode, window.prefix + window.sep, text, args.completion_tokens)
+            texts.append(text)
+            sizes.append(min(n, len(reply)))  # a special token is five when read as plain text: count it once
+        return Samples(roll, texts, sizes)
+
+    def records(self, steps, windows, samples, reward=None, p_real=None):
+        """One dict per sequence, with its step: the lines of rollouts.jsonl and floor.jsonl."""
+        roll, nothing, C = samples.roll, [None] * len(windows), self.args.completion_tokens
+        rows = zip(steps, windows, roll.think, samples.texts, samples.sizes, roll.think_closed.tolist(),
+                   nothing if reward is None else reward.tolist(), nothing if p_real is None else p_real.tolist())
+        return [dict(step=step, prefix=window.prefix, sep=window.sep, truth=window.truth, think=self.decode(think),
+                     completion=text, reward=paid, p_real=real, length_score=length_score(n, C), n_think=len(think),
+                     n_completion=n, think_closed=closed)
+                for step, window, think, text, n, closed, paid, real in rows]
 
 
-def at_sampled(roll, rows, hidden):
-    """Of the states (b, T, H) of some rows those that predict the sampled tokens: at t - 1 for the token at t."""
-    return hidden[:, :-1][roll.sampled[rows, 1:]]  # (N, H)
-
-
-@torch.no_grad()
-def reference_hidden(model, roll, rows, name=None):
-    """The states of the KL's reference, the base or a frozen adapter, at the sampled tokens of some rows."""
-    with reference(model, name):
-        return at_sampled(roll, rows, hidden_states(model, roll.ids[rows], roll.shared))  # (N, H)
-
-
-def sampled_stats(model, roll, rows, rules, temperature, ref_hidden=None, hidden=None):
-    """TokenStats of the sampled tokens of some rows under the active adapter. hidden: its states, where known."""
-    mask = roll.sampled[rows]  # (b, T)
-    kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]  # (N,)
-    hidden = hidden_states(model, roll.ids[rows], roll.shared) if hidden is None else hidden  # (b, T, H)
-    hidden = at_sampled(roll, rows, hidden)  # (N, H)
-    targets = roll.ids[rows][mask]  # (N,)
-    return token_logps(model, hidden, targets, rules.blocked, kind, ref_hidden, temperature or 1.0)  # (N,) each
+def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=False):
+    """TokenStats of the sampled tokens of some rows, under the active adapter and the sampler's forbidden ids."""
+    kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)  # (b, T)
+    return token_stats(model, roll.ids[rows], roll.sampled[rows], rules.blocked, kind, temperature, with_kl,
+                       roll.shared, return_hidden)  # (N,) each
 
 
 def keyed(device, *key):

@@ -270,7 +270,7 @@ class Sampler:
         self.captures = causal_lm(self.model).device.type == "cuda" and not waits  # LLM.int8() looks for outliers
 
     @torch.no_grad()
-    def follow(self, name):
+    def sync(self, name):
         """Take over an adapter's weights as they are now; None: the bare base."""
         for twin, layer in self.twins:
             if isinstance(twin, Beside):
