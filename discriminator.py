@@ -63,13 +63,12 @@ def make_judge(args, player, sampler):
     return Head(args, player) if args.disc == "head" else Reason(args, player, sampler)
 
 
-def learnt_labels(args, shown, B, device, step):
-    """Labels (B, 2) of real and generated text; with --d_shuffle half of them REAL in an order that says nothing."""
+def learnt_labels(args, shown, B, device, first):
+    """Labels (B, 2) to learn for real and generated text; with --d_shuffle a coin says whether a pair's are swapped."""
     labels = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1)  # (B, 2)
-    if args.d_shuffle:
-        n = len(shown)
-        order = torch.randperm(2 * n, generator=keyed(device, args.seed, "shuffle", step), device=device)
-        labels[shown] = (order % 2).view(2, n).mT
+    for i in shown if args.d_shuffle else []:
+        if torch.rand((), generator=keyed(args.seed, "shuffle", first + i)) < 0.5:
+            labels[i] = labels[i].flip(0)  # (2,)
     return labels
 
 
@@ -144,15 +143,15 @@ class Head(nn.Module):
         return self(hidden_states(self.player.model, ids), mask)  # (B, 2)
 
     @torch.no_grad()
-    def score(self, windows, texts, step):
-        """Judge the completions (B texts) of B windows, as the discriminator stands."""
+    def score(self, windows, texts, first):
+        """Judge the completions (B texts) of the B windows from position `first` on, as the discriminator stands."""
         pairs = [pair_ids(self.encode, self.bos, w.prefix, w.sep, w.truth, text) for w, text in zip(windows, texts)]
         shown = [i for i, pair in enumerate(pairs) if pair]
         read = torch.tensor([bool(pair) for pair in pairs], device=self.device)  # (B,)
         logps = torch.tensor([[0.0, -torch.inf]], device=self.device).repeat(len(pairs), 1)  # (B, 2) surely generated
         for rows in micro_batches(shown, self.args.micro_batch):
             logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
-        labels = learnt_labels(self.args, shown, len(pairs), self.device, step)  # (B, 2)
+        labels = learnt_labels(self.args, shown, len(pairs), self.device, first)  # (B, 2)
         return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
 
     def loss(self, judged, rows):
@@ -239,11 +238,11 @@ class Reason(nn.Module):
         """Logits of d_value, from the states (2b, T, H) at the ends (2b,) of the prompts."""
         return self.value(hidden[torch.arange(len(ends), device=self.device), ends].float())[:, 0]  # (2b,)
 
-    def verdicts(self, prompts, generator):
-        """Verdicts on the texts in 2n prompts (lists of ids)."""
+    def verdicts(self, prompts, keys):
+        """Verdicts on the texts in 2n prompts (lists of ids), with random numbers by 2n keys."""
         self.sampler.sync(self.player.adapter)
         roll = rollout(self.sampler, prompts, self.rules, self.think_tokens, self.verdict_tokens, self.args.temperature,
-                       generator)
+                       keys)
         said = torch.tensor([parse_verdict(self.decode(ids)) for ids in roll.reply], device=self.device)  # (2n,)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)  # (2n,)
         value, immediate = (torch.zeros(len(prompts), device=self.device) for _ in range(2))  # (2n,) each
@@ -257,8 +256,8 @@ class Reason(nn.Module):
         return Verdicts(roll, ends, said, value, immediate)
 
     @torch.no_grad()
-    def score(self, windows, texts, step):
-        """Judge the completions (B texts) of B windows, as the discriminator stands."""
+    def score(self, windows, texts, first):
+        """Judge the completions (B texts) of the B windows from position `first` on, as the discriminator stands."""
         pairs = [cut_alike(self.encode, w.sep, w.truth, text, self.args.completion_tokens)
                  for w, text in zip(windows, texts)]  # (real, generated)
         shown = [i for i, pair in enumerate(pairs) if pair]
@@ -268,11 +267,12 @@ class Reason(nn.Module):
         p_real, d_value = torch.zeros(B, device=self.device), torch.ones(B, device=self.device)  # (B,) each
         read, unread = (torch.zeros(B, dtype=torch.bool, device=self.device) for _ in range(2))  # (B,) each
         if shown:
-            verdicts = self.verdicts(prompts, keyed(self.device, self.args.seed, "verdict", step))
+            keys = [(self.args.seed, "verdict", first + i, side) for side in (0, 1) for i in shown]
+            verdicts = self.verdicts(prompts, keys)
             said = verdicts.said[len(shown):]  # (n,) of the completions
             p_real[shown], d_value[shown] = (said == REAL).float(), verdicts.value[len(shown):]  # (n,) each
             read[shown], unread[shown] = said != UNPARSED, said == UNPARSED  # (n,) each
-        labels = learnt_labels(self.args, shown, B, self.device, step)  # (B, 2)
+        labels = learnt_labels(self.args, shown, B, self.device, first)  # (B, 2)
         return Judged(shown, read, ~unread, p_real, None, d_value, labels, verdicts)
 
     def loss(self, judged, rows):

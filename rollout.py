@@ -10,6 +10,7 @@ What differs from the textbook:
 Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, R and C most tokens of thinking and
 completion, L closing length, S stop ids.
 """
+import bisect
 import hashlib
 import os
 from typing import NamedTuple
@@ -19,7 +20,6 @@ import torch
 from data import clip, opens_thinking, plain_encoder, prompt_ids
 from model import FORBIDDEN, causal_lm, head_weights, pad, token_stats
 from reward import length_score
-from sampler import BUCKET, Growing, Sampler, Standing, turned
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
 
@@ -68,24 +68,25 @@ class Rollout(NamedTuple):
 
 
 class Reply:
-    """What B rows have written: each a small state machine (thinking, forced, completion, done), in tensors that are
-    changed in place, so that a CUDA graph can hold a whole step.
+    """The replies of B rows while they are written. Each row is a small state machine (thinking, forced, completion,
+    done), in tensors that are changed in place, so that a CUDA graph can hold a whole step.
     """
 
     def __init__(self, rows, rules, reasoning_tokens, completion_tokens, temperature, weight, bias):
         self.rules, self.R, self.C, self.temperature = rules, reasoning_tokens, completion_tokens, temperature
         self.weight, self.bias = weight, bias  # (V, H), (V,) or None
         self.budget = reasoning_tokens + len(rules.close) + completion_tokens
-        self.given = rules.close.tolist() if reasoning_tokens == 0 else []  # what is forced first is read, not written
+        self.given = rules.close.tolist() if reasoning_tokens == 0 else []  # with no thinking budget, read as prompt
+        self.close = rules.close if len(rules.close) else rules.close.new_zeros(1)  # (L,), never empty
 
         def zeros(*shape, dtype=torch.long):
             return torch.zeros(*shape, dtype=dtype, device=rules.close.device)
 
-        self.t, self.token = zeros(1), zeros(rows)  # (1,), (B,) the step, and what was written last
+        self.t, self.token = zeros(1), zeros(rows)  # (1,), (B,) the step, and the last tokens
         self.thinking, self.done, self.think_closed = (zeros(rows, dtype=torch.bool) for _ in range(3))  # (B,) each
-        self.queue = zeros(rows)  # (B,) next of `close` to be forced; L: none
+        self.queue = zeros(rows)  # (B,) index in `close` of the next token to force; L: none
         self.num_think, self.num_completion = zeros(rows), zeros(rows)  # (B,) each
-        self.uniform = zeros(self.budget, rows, dtype=torch.double)     # (budget, B) where in its distribution to draw
+        self.uniform = zeros(self.budget, rows, dtype=torch.double)     # (budget, B) random numbers to draw with
         dtypes = dict(ids=torch.long, alive=torch.bool, sampled=torch.bool, thinking=torch.bool, logps=torch.float)
         self.out = {key: zeros(rows, self.budget, dtype=dtype) for key, dtype in dtypes.items()}  # (B, budget) each
 
@@ -108,17 +109,17 @@ class Reply:
         thinking = self.thinking & ~over                          # (B,)
         forced = queue < L                                        # (B,)
         blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
-        logits = turned(hidden, self.weight, self.bias).float()  # (B, V)
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()  # (B, V)
         if self.temperature not in (0.0, 1.0):
             logits /= self.temperature
         logits = torch.where(blocked, FORBIDDEN, logits)  # (B, V)
         drawn, logp = draw(logits, None if self.temperature == 0 else self.uniform.index_select(0, self.t)[0])  # (B,)
-        token = torch.where(forced, rules.close[queue.clamp(max=L - 1)], drawn)  # (B,)
+        token = torch.where(forced, self.close[queue.clamp(max=max(L - 1, 0))], drawn)  # (B,)
         token = torch.where(self.done, rules.pad, token)          # (B,)
         sampled = ~forced & ~self.done                            # (B,)
-        said = dict(ids=token, alive=~self.done, sampled=sampled, thinking=thinking & sampled,
-                    logps=torch.where(sampled, logp, 0.0))        # (B,) each
-        for key, column in said.items():
+        columns = dict(ids=token, alive=~self.done, sampled=sampled, thinking=thinking & sampled,
+                       logps=torch.where(sampled, logp, 0.0))     # (B,) each
+        for key, column in columns.items():
             self.out[key].index_copy_(1, self.t, column[:, None])
 
         closed = thinking & (token == rules.think_end)            # (B,) </think> drawn: the rest of the closing follows
@@ -133,84 +134,37 @@ class Reply:
         self.t += 1
 
 
-class Loop:
-    """A reader and its reply. `step` is one token a row; on CUDA it is captured in a graph once, and then replayed."""
-
-    def __init__(self, reader, reply, captures=False):
-        self.reader, self.reply, self.graph, self.captures = reader, reply, None, captures
-
-    def begin(self, prompts, uniform):
-        """Read the prompts, and the closing where nothing is thought, and write the first token."""
-        self.reply.reset(uniform)
-        prompts = [prompt + self.reply.given for prompt in prompts]
-        self.reply.advance(self.reader.begin(prompts, self.reply.rules.pad))
-
-    def step(self):
-        if self.graph is None:
-            self.reply.advance(self.reader.read(self.reply.token))
-        else:
-            self.graph.replay()
-
-    def capture(self):
-        """Record one step, after two that warm up; they spoil the state, so begin anew after it. Returns success."""
-        here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        self.captures = False
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        here.wait_stream(side)
-        try:
-            with torch.cuda.graph(graph):
-                self.step()
-        except RuntimeError as error:
-            torch.cuda.set_stream(here)  # where ending a capture fails, torch leaves its stream the current one
-            cause = error.__context__ or error  # and the error of the end hides the first one
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            print(f"sampling goes without a CUDA graph: {str(cause).strip().splitlines()[0]}")
-            return False
-        self.graph = graph
-        return True
-
-
 @torch.no_grad()
-def rollout(model, prompts, rules, reasoning_tokens, completion_tokens, temperature=1.0, generator=None):
-    """Sample a reply to each of B prompts (lists of ids): with a Sampler, or with a model and its active adapter.
+def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temperature, keys):
+    """Sample a reply to each of B prompts (lists of ids).
 
     At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop
-    id. temperature 0 is greedy. `generator` makes it reproducible on one device.
+    id. temperature 0 is greedy. keys: one a row; the random numbers of a row are a function of its key alone.
     """
     assert completion_tokens > 0, "there is nothing to write"
     B, settings = len(prompts), (rules, reasoning_tokens, completion_tokens, temperature)
     budget = reasoning_tokens + len(rules.close) + completion_tokens
-    uniform = torch.rand(budget, B, dtype=torch.double, generator=generator, device=rules.close.device)  # (budget, B)
-    loop = loop_for(model, settings, B, max(map(len, prompts)) + budget)
-    loop.begin(prompts, uniform)
-    if loop.captures:
-        model.captures = loop.capture()
-        loop.begin(prompts, uniform)
-    for t in range(len(loop.reply.given) + 1, budget):
-        if (uniform.device.type == "cpu" or t % 16 == 0) and bool(loop.reply.done.all()):  # asking a GPU means waiting
+    numbers = [torch.rand(budget, dtype=torch.double, generator=keyed(*key)) for key in keys]  # B of (budget,)
+    uniform = torch.stack(numbers, 1)  # (budget, B)
+
+    def new_reply():
+        return Reply(B, *settings, *head_weights(sampler.model, rules.blocked.shape[1]))
+
+    width = max(map(len, prompts)) + budget
+    reader, reply, step = sampler.decoder((id(rules), *settings[1:]), B, width, new_reply)
+
+    def begin():
+        reply.reset(uniform)
+        reply.advance(reader.begin([prompt + reply.given for prompt in prompts], rules.pad))
+
+    begin()
+    if step.capture():
+        begin()
+    for t in range(len(reply.given) + 1, budget):
+        if (rules.close.device.type == "cpu" or t % 16 == 0) and bool(reply.done.all()):  # asking a GPU means waiting
             break
-        loop.step()
-    return gather(prompts, loop.reply)
-
-
-def loop_for(model, settings, rows, width):
-    """A new loop; or a Sampler's own, kept from call to call for the same settings and shape."""
-    stands, width = isinstance(model, Sampler) and model.stands, -(-width // BUCKET) * BUCKET
-    key = (rows, width, id(settings[0]), *settings[1:])  # not of earlier calls: a resumed run shall compute the same
-    if stands and key in model.loops:
-        model.loops[key] = model.loops.pop(key)  # the last one used stands last
-        return model.loops[key]
-    source = model.model if isinstance(model, Sampler) else model
-    reply = Reply(rows, *settings, *head_weights(source, settings[0].blocked.shape[1]))
-    captures = stands and model.captures and reply.budget - len(reply.given) > 3  # the first token, and two to warm up
-    loop = Loop(Standing(source, rows, width, captures) if stands else Growing(source), reply, captures)
-    if stands:  # a few shapes take turns; the caches of others are let go
-        model.loops = dict([*model.loops.items()][-5:]) | {key: loop}
-    return loop
+        step()
+    return gather(prompts, reply)
 
 
 class Samples(NamedTuple):
@@ -238,19 +192,24 @@ class Writer:
         """Text of ids; a character that is cut in two at the end is left out."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
 
-    def write(self, windows, adapter, *key):
+    def write(self, windows, adapter, purpose, first):
         """Samples for B windows under an adapter (None: the base)."""
-        args, generator = self.args, keyed(self.rules.close.device, self.args.seed, *key)
+        args, keys = self.args, [(self.args.seed, purpose, first + i) for i in range(len(windows))]
         self.sampler.sync(adapter)
         prompts = [self.prompt_ids(window.prefix) for window in windows]
         roll = rollout(self.sampler, prompts, self.rules, args.reasoning_tokens,
-                       args.completion_tokens + args.echo_tokens, args.temperature, generator)
+                       args.completion_tokens + args.echo_tokens, args.temperature, keys)
         texts, sizes = [], []
-        for window, reply in zip(windows, roll.reply):
-            text = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
-            text, n = clip(self.encode, window.prefix + window.sep, text, args.completion_tokens)
+        for i, (window, reply) in enumerate(zip(windows, roll.reply)):
+            whole = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
+            text, n = clip(self.encode, window.prefix + window.sep, whole, args.completion_tokens)
             texts.append(text)
             sizes.append(min(n, len(reply)))  # a special token is five when read as plain text: count it once
+            if len(text) < len(whole):  # nobody reads what is cut off, so it is not trained either
+                end = len(self.decode(reply)) - len(whole) + len(text)  # characters of the reply that are read
+                kept = bisect.bisect_left(range(len(reply)), end, key=lambda k: len(self.decode(reply[:k])))
+                completion = (roll.sampled[i] & ~roll.thinking[i]).nonzero()[:, 0]  # (n,) its positions
+                roll.sampled[i, completion[kept:]] = False
         return Samples(roll, texts, sizes)
 
     def records(self, steps, windows, samples, reward=None, p_real=None):
@@ -271,10 +230,10 @@ def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=
                        roll.shared, return_hidden)  # (N,) each
 
 
-def keyed(device, *key):
-    """A random generator on the device, a function of the key alone."""
+def keyed(*key):
+    """A random generator, on the CPU, that is a function of the key alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def draw(logits, uniform):

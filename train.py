@@ -214,12 +214,12 @@ if __name__ == "__main__":
         # sample: thinking and completion for each prefix
         first = step * B if step >= 0 else total + (step + args.d_warmup) * B
         batch = [stream[i] for i in range(first, first + B)]
-        samples = writer.write(batch, generator.adapter, "rollout", step)
+        samples = writer.write(batch, generator.adapter, "rollout", first)
         roll, t1 = samples.roll, time.perf_counter()
 
         # reward: how real the discriminator finds each completion, times its length score
         discriminator.activate()
-        judged = judge.score(batch, samples.texts, step)
+        judged = judge.score(batch, samples.texts, first)
         lengths = torch.tensor([length_score(n, C) for n in samples.sizes], device=device)  # (B,)
         reward = generator_reward(judged, lengths, args.g_reward, args.d_scale)  # (B,)
 
