@@ -6,6 +6,7 @@ It is written beside, then renamed; the previous one stays until the new one is 
 """
 import errno
 import fcntl
+import importlib
 import importlib.metadata
 import json
 import os
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from discriminator import make_judge
 from flags import UserError, write_whole
 from model import load_adapter, load_players
 
@@ -115,6 +117,16 @@ def load_run(run, device):
     return players
 
 
+def load_judge(run, player, sampler):
+    """The discriminator of a run, with its head; player: the discriminator's, of load_run."""
+    judge = make_judge(run.args, player, sampler)
+    try:
+        judge.load_state_dict(load_file(run.folder / "ckpt" / "head.safetensors"))
+    except DAMAGE as error:
+        raise UserError(f"{run.folder} has no usable discriminator ({first_line(error)})") from None
+    return judge
+
+
 def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -192,6 +204,38 @@ def write_args(out_dir, args, device, resumed=False):
         info = json.loads(path.read_text())
         info["resumed"] = info.get("resumed", []) + [provenance(device)]
     write_whole(path, json.dumps(info, indent=2) + "\n")
+
+
+class Tracker:
+    """Sends metrics and samples to the service that --track names, as one run there, also when ours is resumed."""
+
+    def __init__(self, args, out_dir):
+        self.service, name = args.track, f"{pathlib.Path(out_dir).resolve().name}-{args.track_id}"
+        if self.service == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(pathlib.Path(out_dir) / "tensorboard")
+        elif self.service != "none":
+            self.module = importlib.import_module(self.service)  # wandb resumes a run by its id, trackio by its name
+            by_id = {"id": args.track_id} if self.service == "wandb" else {}
+            self.module.init(project="forger", name=name, config=vars(args), resume="allow", **by_id)
+
+    def log(self, step, row, records=()):
+        """Log the numbers of a row, and records as a table."""
+        numbers = {key: x for key, x in row.items() if isinstance(x, (int, float)) and key != "step"}
+        columns = "prefix think completion truth reward".split()
+        if self.service == "tensorboard":
+            for key, x in numbers.items():
+                self.writer.add_scalar(key, x, step)
+            self.writer.add_text("samples", "\n\n".join(f"{r['prefix']} **{r['completion']}**" for r in records), step)
+        elif self.service != "none":
+            table = self.module.Table(columns=columns, data=[[r[key] for key in columns] for r in records])
+            self.module.log(numbers | ({"samples": table} if records else {}), step=step)
+
+    def finish(self):
+        if self.service == "tensorboard":
+            self.writer.close()
+        elif self.service != "none":
+            self.module.finish()
 
 
 # -----------------------------------------------------------------------------

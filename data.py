@@ -1,19 +1,16 @@
 """
 Real texts, cut into windows of prefix and truth; the prompt; and the one way in which text becomes ids.
 
-Sources (--data): `pile` streams the Pile's public copy, `demo` reads the docstrings that every Python installation
-carries, anything else is a path: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, or a folder of these.
-
 What differs from the textbook:
-1. The stream is a pure function of (seed, position): a run can stop and go on, and a later position can be looked up.
-2. The cut between prefix and truth moves back to the nearest white space, and that white space belongs to neither side:
-   where a text was cut must not tell the real one from the generated one.
+1. `windows[position]` is a pure function of seed and position, so a run can be resumed anywhere.
+2. The cut between prefix and truth moves back to the nearest white space, which belongs to neither side: where a text
+   was cut must not tell the real one from the generated one.
 3. Corpus text is tokenised by a copy of the tokenizer that knows no special or added token.
 """
-import ast
-import gzip
+import csv
+import functools
+import glob
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -21,22 +18,23 @@ import pathlib
 import random
 import re
 import sys
-import sysconfig
-import warnings
 from typing import NamedTuple
 
-import zstandard
+from flags import UserError, escaped
 
-from flags import UserError
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+PILE = "hub:monology/pile-uncopyrighted"
+HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # repository, config, split
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
+NO_DATA = re.compile(r"(state|dataset_info|dataset_dict)\.json$|cache-.*\.arrow$")  # beside the data of save_to_disk
+MAX_DOCUMENTS = 200_000  # a local corpus is held in memory
+DOCUMENT = 20_000        # characters; a longer document is read through a slice
+DOCUMENTS = re.compile(r"(?s).{10000,20000}(?:\n\n|\Z)|.{10000,20000}\s|.{1,20000}")  # in a .txt or .md file
+FEW = 2000               # up to so many documents are all checked for their length, of more a sample
+TRIES = 1000             # documents tried for one window
+KEEP = 2048              # windows of a stream that stay in memory
+CUT_BACK = 64            # characters that the cut moves back at most, for scripts without spaces
 
-PILE = "monology/pile-uncopyrighted"
-MAX_DOCUMENTS = 200_000   # a local corpus is read up to here and shuffled in memory
-LONG_DOCUMENT = 100_000   # characters; a longer document is read through a random slice of this length
-DEMO_PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub mauve-text numpy pandas peft pyarrow "
-                 "safetensors scikit-learn scipy tokenizers torch tqdm transformers zstandard").split()
-
-# the write-up's prompt word for word (no <|im_end|> after a turn: so it stands there); the reply goes on after <think>
+# the write-up's prompt word for word (it has no <|im_end|> after a turn); the reply continues after <think>
 PROMPT = '''<|im_start|>system
 You act as a causal model of language.
 Example:
@@ -64,55 +62,39 @@ and you just keep generating, without any other commentary.
 def plain_encoder(tokenizer, flag="--model"):
     """Return `encode(text) -> (ids, offsets)`, in which no text can produce a special or an added token.
 
-    offsets are (start, end) in characters of `text`, one pair an id. The tokenizer's own switch is not enough: with
-    `split_special_tokens=True` Qwen3's <think> and </think>, added but not marked special, still come out whole.
+    offsets are (start, end) in characters, one pair per id. The tokenizer's own `split_special_tokens` lets Qwen3's
+    <think> through, which is added but not special. ValueError: a special token cannot be avoided (an emoji as <unk>).
     """
     if not tokenizer.is_fast:
-        kind = type(tokenizer).__name__
-        raise UserError(f"{flag}: {kind} has no fast version, which character offsets need; choose another")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    # runs of spaces may stay
-    added = {t["content"]: t["id"] for t in spec["added_tokens"] if len(t["content"].strip()) > 1}
-    spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        raise UserError(f"{flag}: {type(tokenizer).__name__} has no fast version, which offsets need; choose another")
     import tokenizers
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    # runs of spaces and single characters may stay where they are not special
+    banned = {t["id"] for t in spec["added_tokens"] if len(t["content"].strip()) > 1 - t["special"]}
+    spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     bare = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    split = re.compile("|".join(map(re.escape, added)) or "(?!)")
 
     def encode(text):
-        encoding = bare.encode(text, add_special_tokens=False)
-        if set(added.values()).isdisjoint(encoding.ids):
-            return encoding.ids, encoding.offsets
-        # a vocabulary that holds "<s>" as an ordinary piece as well: break each such string after its first character
-        cuts = [0] + [match.start() + 1 for match in split.finditer(text)] + [len(text)]
-        ids, offsets = [], []
-        for start, end in itertools.pairwise(cuts):
-            piece = bare.encode(text[start:end], add_special_tokens=False)
-            ids += piece.ids
-            offsets += [(start + a, start + b) for a, b in piece.offsets]
-        assert set(added.values()).isdisjoint(ids), "corpus text produced a special token"
-        return ids, offsets
+        cuts = [0, len(text)]
+        while True:
+            pieces = [(a, bare.encode(text[a:b], add_special_tokens=False)) for a, b in itertools.pairwise(cuts)]
+            ids = [i for _, piece in pieces for i in piece.ids]
+            offsets = [(a + start, a + end) for a, piece in pieces for start, end in piece.offsets]
+            spans = [span for i, span in zip(ids, offsets) if i in banned]
+            if not spans:
+                return ids, offsets
+            if any(end - start < 2 for start, end in spans):
+                raise ValueError("the text has a character that this tokenizer can only write as a special token")
+            # the vocabulary has "<s>" as an ordinary piece, too: break each after its first character
+            cuts = sorted({*cuts, *(start + 1 for start, _ in spans)})
 
     return encode
 
 
 def bos_ids(tokenizer):
-    """[bos] where the tokenizer itself begins every text with one (Llama), [] where it does not (Qwen3)."""
+    """[bos] where the tokenizer begins every text with one (Llama), [] where it does not (Qwen3)."""
     ids = tokenizer("a").input_ids
     return ids[:1] if len(ids) and ids[0] == tokenizer.bos_token_id else []
-
-
-def prompt_template(name, tokenizer):
-    return PROMPT + "\n" if name == "writeup" else name
-
-
-def opens_thinking(template):
-    return template.rstrip().endswith("<think>")
-
-
-def prompt_ids(tokenizer, encode, template, prefix):
-    """Ids of the prompt around `prefix`, up to and with the newline after <think>, as in Qwen3's own template."""
-    head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in template.split("{text}"))
-    return bos_ids(tokenizer) + head + encode(prefix)[0] + tail
 
 
 def clip(encode, before, text, n):
@@ -128,12 +110,67 @@ def clip(encode, before, text, n):
     return text[:ends[n - 1] - len(before)] if n else "", n
 
 
+# prompts: a template is a text with {text} where the prefix goes
+
+def prompt_template(name, tokenizer=None):
+    """The template behind --prompt: writeup, plain, chat, a file, or a text that is a template already."""
+    text = {"writeup": PROMPT + "\n", "plain": "{text}"}.get(name, name)
+    if name == "chat":
+        text = chat(tokenizer)
+    elif "{text}" not in text:
+        try:
+            text = pathlib.Path(name).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompt {name}: give writeup, plain, chat or a text file ({error})") from None
+    if text.count("{text}") != 1:
+        raise UserError(f"--prompt {name[:80]}: {{text}} stands in it {text.count('{text}')} times and must stand once")
+    return text
+
+
+def chat(tokenizer):
+    """The write-up's instruction in the tokenizer's own chat template; opens the thinking of a model with </think>."""
+    import jinja2
+    if not tokenizer.chat_template:
+        raise UserError("--prompt chat: this tokenizer has no chat template; use --prompt plain, or a file")
+    system, user, _ = (turn.partition("\n")[2].strip() for turn in PROMPT.split("<|im_start|>")[1:])
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, **options)
+    except jinja2.TemplateError:  # some templates refuse a system turn
+        text = tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{user}"}], **options)
+    return text + "<think>\n" * ("</think>" in tokenizer.get_vocab() and not opens_thinking(text))
+
+
+def opens_thinking(template):
+    return template.rstrip().endswith("<think>")
+
+
+def prompt_notes(template, tokenizer, reasoning_tokens):
+    """What to know about a template under this tokenizer, one line each."""
+    vocab, notes = tokenizer.get_vocab(), []
+    if reasoning_tokens and "</think>" not in vocab:
+        notes.append("this tokenizer has no single </think> token: thinking always takes all of --reasoning_tokens")
+    foreign = sorted({*re.findall(r"<\|\w+\|>", template)} - vocab.keys())
+    if foreign:
+        notes.append(f"the prompt's {' '.join(foreign)} are plain text to this tokenizer; "
+                     f"--prompt {'chat' if tokenizer.chat_template else 'plain'} suits this model better")
+    return notes
+
+
+def prompt_ids(tokenizer, encode, template, prefix):
+    """Ids of the template around `prefix`; no prefix can open or end a turn."""
+    head, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in template.split("{text}"))
+    bos = bos_ids(tokenizer)
+    return (bos if head[:1] != bos else []) + head + encode(prefix)[0] + tail
+
+
 # -----------------------------------------------------------------------------
 # windows
 
 class Window(NamedTuple):
     prefix: str  # ends without white space
-    sep: str     # the white space between the two; empty where the window has none to cut at
+    sep: str     # the white space between the two; empty where there is none to cut at
     truth: str   # starts without white space, at most completion_tokens tokens
 
 
@@ -142,9 +179,7 @@ def cut_window(encode, text, offsets, start, prefix_tokens, completion_tokens):
     low, at = offsets[start][0], offsets[start + prefix_tokens][0]
     last = min(start + prefix_tokens + completion_tokens + 16, len(offsets)) - 1  # 16: white space may be lost
     high = offsets[last][1]
-    left = right = next((i for i in range(at, low - 1, -1) if text[i].isspace()), None)
-    if left is None:  # one long word, or a script without spaces
-        left = right = at
+    left = right = next((i for i in range(at, max(low, at - CUT_BACK) - 1, -1) if text[i].isspace()), at)
     while left > low and text[left - 1].isspace():
         left -= 1
     while right < high and text[right].isspace():
@@ -155,64 +190,144 @@ def cut_window(encode, text, offsets, start, prefix_tokens, completion_tokens):
 
 
 class Windows:
-    """`windows[position]`: an endless sequence, a pure function of seed and position, one random window a document."""
+    """`windows[position]` is an endless sequence; split is "train" or "held_out" (2 % of the documents)."""
 
-    def __init__(self, documents, encode, prefix_tokens, completion_tokens, seed):
-        self.documents, self.encode, self.seed = documents, encode, seed  # documents(epoch) yields texts
-        self.prefix_tokens, self.completion_tokens = prefix_tokens, completion_tokens
-        self.stream, self.seen = self._stream(), []
+    def __init__(self, args, encode, split):
+        get = vars(args).get  # tools have no floor and no warm-up
+        self.args, self.encode, self.split = args, encode, split
+        self.field, self.revision = get("text_field", "text"), get("data_revision")
+        self.lengths = args.prefix_tokens or args.completion_tokens, args.completion_tokens
+        self.need, self.longest, self.left_out = sum(self.lengths), 0, 0  # tokens, tokens, texts
+        batch_size = get("batch_size", 0) if split == "train" else 0
+        self.total, self.warmup = batch_size * get("num_steps", 0), batch_size * get("d_warmup", 0)
+        self.floor = min(get("floor_sequences", 0), self.total)
+
+    def window_of(self, text, rng):
+        """A random window of a text, or None where it has none; a long text is read through a random slice."""
+        size = max(DOCUMENT, 16 * self.need)
+        at = rng.randrange(max(len(text) - size, 0) + 1)
+        text = text[at:at + size]
+        try:
+            offsets = self.encode(text)[1]
+            self.longest, places = max(self.longest, len(offsets)), len(offsets) - self.need
+            tries = (rng.randrange(places) for _ in range(4 if places > 0 else 0))  # a place may be all white space
+            cuts = (cut_window(self.encode, text, offsets, place, *self.lengths) for place in tries)
+            return next(filter(None, cuts), None)
+        except ValueError:
+            self.left_out += 1
+
+    def too_short(self):
+        p, c = self.lengths
+        return UserError(f"--data {self.args.data} has no text longer than {self.need} tokens (--prefix_tokens {p} + "
+                         f"--completion_tokens {c}) in its {self.split} part; its longest has {self.longest}"
+                         + f", and {self.left_out} cannot be encoded" * (self.left_out > 0))
+
+
+class Corpus(Windows):
+    """Texts in memory, in another order each epoch. Any position can be read at once."""
+
+    def __init__(self, args, encode, split):
+        super().__init__(args, encode, split)
+        texts = read_documents(args.data, self.field)
+        digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
+        if split == "train" and self.revision not in (None, digest):
+            raise UserError(f"--data {args.data} has changed since this run began; restore it, or start another run")
+        part = [text for text in texts if held_out(text) == (split == "held_out")]
+        self.texts = [text for text in part if len(text.encode()) > self.need]  # a token has at least one byte
+        if len(self.texts) <= FEW:
+            self.texts = self.usable(self.texts)
+        if not self.texts:
+            self.usable([max(part, key=len, default="")])  # the message has its length
+            raise self.too_short()
+        self.revision = digest
+        self.facts = f"{len(texts):,} documents, {sum(map(held_out, texts)):,} held out; of the {len(part):,} in {split}"
+
+    def usable(self, texts):
+        return [text for text in texts if self.window_of(text, random.Random(0))]
+
+    def summary(self):
+        sample = random.Random(0).sample(self.texts, min(len(self.texts), 200))
+        num_usable = max(len(self.texts) * len(self.usable(sample)) // len(sample), 1)
+        about, epochs = "about " * (len(self.texts) > FEW), (self.total + self.warmup) / num_usable
+        return (f"data {self.args.data}: {self.facts} {about}{num_usable:,} are longer than {self.need} tokens"
+                + f" ({self.left_out:,} of those tried cannot be encoded)" * (self.left_out > 0)
+                + f"; the run needs {epochs:.2g} epochs" * (epochs > 0))
+
+    @functools.lru_cache(4)
+    def order(self, epoch):
+        return random.Random(f"order {self.args.seed} {epoch}").sample(range(len(self.texts)), len(self.texts))
 
     def __getitem__(self, position):
-        while len(self.seen) <= position:
-            self.seen.append(next(self.stream))
-        return self.seen[position]
+        epoch, place = divmod(position, len(self.texts))
+        rng = random.Random(f"window {self.args.seed} {position}")
+        text = self.texts[self.order(epoch)[place]]
+        for _ in range(TRIES):
+            window = self.window_of(text, rng)
+            if window:
+                return window
+            text = rng.choice(self.texts)  # instead of one that is too short
+        raise self.too_short()
 
-    def _stream(self):
-        need = self.prefix_tokens + self.completion_tokens
+
+class Stream(Windows):
+    """A dataset of the hub in the order of its rows. Floor and warm-up, which a run needs first, are read first."""
+
+    def __init__(self, args, encode, split):
+        super().__init__(args, encode, split)
+        self.count, self.seen, self.reader = 0, {}, self.read()
+        self[(self.total - self.floor) % max(self.total + self.warmup, 1)]  # the first window read: fail early
+
+    def summary(self):
+        needs = f"; the run needs {self.total + self.warmup:,} windows" * (self.total > 0)
+        return f"data {self.args.data}: streamed, revision {self.revision}{needs}"
+
+    def __getitem__(self, position):
+        from tqdm import tqdm
+        end = self.total + self.warmup
+        index = (position + self.floor - self.total) % end if position < end else position
+        if index < self.count and index not in self.seen:  # forgotten: from the beginning
+            self.count, self.seen, self.reader = 0, {}, self.read()
+        unread = range(self.count, index + 1)
+        for number in tqdm(unread, desc="reading the stream up to this step", disable=len(unread) < 256):
+            self.seen[number], self.count = next(self.reader), number + 1
+            if number - KEEP >= self.floor + self.warmup:  # the floor's windows come back at the run's end
+                del self.seen[number - KEEP]
+        return self.seen[index]
+
+    def read(self):
         for epoch in itertools.count():
-            found, longest = 0, 0
+            before = self.count
             for number, text in enumerate(self.documents(epoch)):
-                rng = random.Random(f"window {self.seed} {epoch} {number}")
-                limit = max(LONG_DOCUMENT, 16 * need)
-                if len(text) > limit:
-                    start = rng.randrange(len(text) - limit)
-                    text = text[start:start + limit]
-                offsets = self.encode(text)[1]
-                longest = max(longest, len(offsets))
-                # of some windows nothing is left, say where all is white space: a few tries, then the next document
-                tries = range(4 if len(offsets) > need else 0)
-                starts = (rng.randrange(len(offsets) - need) for _ in tries)
-                cuts = (cut_window(self.encode, text, offsets, start, self.prefix_tokens, self.completion_tokens)
-                        for start in starts)
-                window = next(filter(None, cuts), None)
-                if window:
-                    found += 1
-                    yield window
-            if not found:
-                raise UserError(f"--data has no text longer than {need} tokens (--prefix_tokens {self.prefix_tokens} + "
-                                f"--completion_tokens {self.completion_tokens}); its longest has {longest}")
+                if held_out(text) == (self.split == "held_out"):
+                    window = self.window_of(text, random.Random(f"window {self.args.seed} {epoch} {number}"))
+                    if window:
+                        yield window
+            if self.count == before:
+                raise self.too_short()
+
+    def documents(self, epoch):
+        """The texts of all shards, beginning with one that the seed chooses; nothing is kept on disk."""
+        import datasets
+        import huggingface_hub
+        repo, config, part = HUB.fullmatch(PILE if self.args.data == "pile" else self.args.data).groups()
+        try:
+            self.revision = self.revision or huggingface_hub.HfApi().dataset_info(repo).sha
+            rows = datasets.load_dataset(repo, config, split=part or "train", streaming=True, revision=self.revision)
+            for k in range(rows.num_shards):
+                for row in rows.shard(rows.num_shards, (self.args.seed + epoch + k) % rows.num_shards):
+                    if self.field not in row:
+                        raise UserError(f"--text_field {self.field} is none of {repo}'s fields: {', '.join(row)}")
+                    if isinstance(row[self.field], str):
+                        yield clean(row[self.field])
+        except Exception as error:  # datasets passes on whatever its http clients raise
+            raise UserError(f"--data {self.args.data}: {repo} could not be read ({str(error)[:300] or type(error)}); "
+                            "give a local path, or demo") from None
 
 
-def windows(source, encode, prefix_tokens, completion_tokens, seed, split="train", text_field="text"):
-    """The stream of windows of a source: "pile", "demo" or a path.
-
-    split is "train" or "held_out" (2 % of the documents).
-    """
-    if source == "pile":
-        def documents(epoch):
-            return (text for text in pile(seed + epoch, text_field) if held_out(text) == (split == "held_out"))
-    else:
-        texts = demo_corpus() if source == "demo" else read_documents(source, text_field)
-        texts = [text for text in texts if held_out(text) == (split == "held_out")]
-        if not texts:
-            raise UserError(f"--data {source} has no documents in its {split} part")
-
-        def documents(epoch):
-            order = list(range(len(texts)))
-            random.Random(f"order {seed} {epoch}").shuffle(order)
-            return (texts[i] for i in order)
-
-    return Windows(documents, encode, prefix_tokens, completion_tokens, seed)
+def windows(args, encode, split="train"):
+    """The windows of args.data in its part `split`."""
+    streamed = not data_files(args.data) and args.data != "demo"
+    return (Stream if streamed else Corpus)(args, encode, split)
 
 
 def held_out(text):
@@ -221,152 +336,84 @@ def held_out(text):
 
 
 # -----------------------------------------------------------------------------
-# sources
+# files
 
-def pile(seed, text_field="text"):
-    """Yield the Pile's training texts, shard by shard from one that the seed chooses. Nothing is kept on disk."""
-    import datasets
-    try:
-        stream = datasets.load_dataset(PILE, split="train", streaming=True)
-        num_shards = stream.num_shards
-        for k in range(num_shards):
-            for row in stream.shard(num_shards, (seed + k) % num_shards):
-                if text_field not in row:
-                    raise UserError(f"--text_field {text_field} is not in the Pile, whose fields are {', '.join(row)}")
-                yield clean(row[text_field])
-    except Exception as error:  # datasets passes on whatever its http clients raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data pile: {PILE} could not be read ({reason}); "
-                        "give --data a local path, or demo") from None
-
-
-def read_documents(path, text_field="text"):
-    """All texts under a path, at most MAX_DOCUMENTS, in the order of file names. Bad lines are counted and named."""
-    path = pathlib.Path(path)
+def data_files(source):
+    """The files of a path, in the order of their names; [] for pile, demo and the hub. Imports nothing heavy."""
+    path = pathlib.Path(source)
+    if source in ("pile", "demo") or HUB.fullmatch(source):
+        return []
     if not path.exists():
-        raise UserError(f"--data {path} does not exist; give pile, demo, or a path to {', '.join(SUFFIXES)}")
-    files = sorted(f for f in path.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
-    if not files or not files[0].name.endswith(SUFFIXES):
-        raise UserError(f"--data {path} is none of {', '.join(SUFFIXES)}, nor a folder of these")
-    texts, bad, count = [], [], 0
-    for file in files:
-        try:
-            for where, text in read_file(file, text_field):
-                count += 1
-                if isinstance(text, str):
-                    texts.append(clean(text))
-                else:
-                    bad.append(where)
-                if len(texts) == MAX_DOCUMENTS:
-                    print(f"{path}: using its first {MAX_DOCUMENTS:,} documents", file=sys.stderr)
-                    return texts
-        except (OSError, EOFError, ValueError, zstandard.ZstdError) as error:  # gzip: OSError, pyarrow: ValueError
-            raise UserError(f"--data {file} cannot be read: {error}") from None
+        raise UserError(f"--data {source} does not exist; give pile, demo, hub:user/name[/config][:split] or a path")
+    # glob follows links and skips names that begin with a dot
+    found = map(path.joinpath, sorted(glob.glob("**", root_dir=path, recursive=True)) if path.is_dir() else [""])
+    files = {file.resolve(): file for file in found if file.name.endswith(SUFFIXES) and not NO_DATA.match(file.name)}
+    if not files:
+        raise UserError(f"--data {source} is none of {', '.join(SUFFIXES)}, nor a folder of these")
+    return list(files.values())
+
+
+def read_documents(source, field="text"):
+    """All texts of demo or of a path, at most MAX_DOCUMENTS. Records without a text are left out and named."""
+    if source == "demo":
+        from demo.corpus import demo_corpus
+        return list(map(clean, demo_corpus()))
+    rows = ((f"{file}: record {n}", row) for file in data_files(source) for n, row in enumerate(records(file), 1))
+    texts, bad = [], []
+    for where, row in itertools.islice(rows, MAX_DOCUMENTS):
+        text = row.get(field) if isinstance(row, dict) else row
+        if isinstance(text, str):
+            texts.append(clean(text))
+        else:
+            bad.append(f"{where} ({', '.join(map(str, row))[:80] if isinstance(row, dict) else 'not JSON'})")
+    count = len(texts) + len(bad)
+    note = f"{len(bad)} of {count} records of --data {source} have no --text_field {field}: {'; '.join(bad[:3])}"
+    if len(bad) > 0.01 * count:
+        raise UserError(note)
     if bad:
-        note = (f"{len(bad)} of {count} lines of --data {path} are not JSON with a text in "
-                f"--text_field {text_field}: {'; '.join(bad[:3])}")
-        if len(bad) > 0.01 * count:
-            raise UserError(note)
-        print(f"{note}: left out", file=sys.stderr)
+        print(escaped(f"{note}; left out"), file=sys.stderr)
+    if count == MAX_DOCUMENTS:
+        print(f"--data {source}: only its first {MAX_DOCUMENTS:,} records are used", file=sys.stderr)
     return texts
+
+
+def records(file):
+    """Yield the records of one file: texts, or dicts with a field for it; None for a line that is not JSON."""
+    kind = file.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    try:
+        if kind == "jsonl":
+            with open_bytes(file) as lines:
+                for line in filter(bytes.strip, lines):
+                    try:
+                        yield json.loads(line.decode("utf-8-sig", "replace"))
+                    except (ValueError, RecursionError):
+                        yield None
+        elif kind in ("parquet", "arrow"):
+            import pyarrow.parquet
+            with pyarrow.memory_map(str(file)) as source:
+                # `datasets` writes an .arrow file as a stream, others do not
+                open_arrow = pyarrow.ipc.open_file if source.read_at(6, 0) == b"ARROW1" else pyarrow.ipc.open_stream
+                batches = (pyarrow.parquet.ParquetFile(source).iter_batches(1000) if kind == "parquet" else
+                           open_arrow(source).read_all().to_batches(1000))
+                yield from (row for batch in batches for row in batch.to_pylist())
+        elif kind == "csv":
+            csv.field_size_limit(2 ** 31 - 1)
+            with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+                yield from csv.DictReader(lines, strict=True)
+        else:
+            text = file.read_text(encoding="utf-8-sig", errors="replace")
+            rows = json.loads(text) if kind == "json" else DOCUMENTS.findall(text)
+            yield from rows if isinstance(rows, list) else [rows]
+    except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as error:
+        raise UserError(f"--data {file} cannot be read: {error}") from None
+
+
+def open_bytes(file):
+    """A file to read, unpacked where it ends in .gz or .zst; OSError where it is damaged or cut off."""
+    import pyarrow
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="detect"))
 
 
 def clean(text):
     """Lone surrogates, which JSON and Python can spell and UTF-8 cannot, become "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def read_file(file, text_field):
-    """Yield (place, text) for each document of one file; text is None where a line could not be used."""
-    if file.name.endswith(".txt"):
-        yield f"{file}:1", file.read_text(encoding="utf-8", errors="replace")
-    elif file.name.endswith(".parquet"):
-        import pyarrow.parquet
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        if text_field not in names:
-            raise UserError(f"--data {file} has no column --text_field {text_field}; it has {', '.join(names)}")
-        rows = (row for batch in table.iter_batches(columns=[text_field]) for row in batch[0].to_pylist())
-        yield from ((f"{file}: row {number}", row) for number, row in enumerate(rows, 1))
-    else:
-        with open_bytes(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8", "replace"))
-                    problem = "not an object" if not isinstance(row, dict) else f"fields {', '.join(row)[:80]}"
-                except (ValueError, RecursionError):
-                    row, problem = {}, "not JSON"
-                text = row.get(text_field) if isinstance(row, dict) else None
-                yield f"{file}:{number} ({problem})", text
-
-
-def open_bytes(file):
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rb")
-    if file.name.endswith(".zst"):
-        return io.BufferedReader(zstandard.open(file, "rb"))
-    return open(file, "rb")
-
-
-# -----------------------------------------------------------------------------
-# the demo's corpus
-
-def demo_corpus():
-    """Docstrings of 600 characters and more, and Python's reference topics, from what is installed; read with `ast`.
-
-    Kept beside demo/make.py after the first reading, under a name that changes with the versions it was read from.
-    """
-    versions = [sys.version] + [f"{name} {version}" for name in DEMO_PACKAGES if (version := installed(name))]
-    key = hashlib.blake2b("\n".join(versions).encode(), digest_size=6).hexdigest()
-    cache = pathlib.Path(__file__).parent / "demo" / f"corpus-{key}.jsonl"
-    if cache.exists():
-        return read_documents(cache)
-    stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    files = [(file, file.relative_to(stdlib)) for file in sorted(stdlib.rglob("*.py"))]
-    for name in filter(installed, DEMO_PACKAGES):
-        owned = sorted(importlib.metadata.files(name) or [])
-        files += [(pathlib.Path(f.locate()), f) for f in owned if f.suffix == ".py"]
-    skipped = {"test", "tests", "testing", "idlelib", "site-packages"}
-    files = [file for file, inside in files if not skipped & set(inside.parts)]
-    print("reading the demo's corpus, once: the docstrings of what is installed, half a minute", file=sys.stderr)
-    found = itertools.chain.from_iterable(map(docstrings, files))
-    texts = list({text[:200]: text for text in found}.values())  # packages repeat themselves: one for each beginning
-    try:
-        partial = cache.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        partial.replace(cache)
-    except OSError:
-        pass  # an installation that cannot be written to reads the corpus anew each time
-    return texts
-
-
-def installed(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def docstrings(file):
-    """The long docstrings of one source file's module, classes and functions; of pydoc's topics, its long strings."""
-    try:
-        source = file.read_bytes()
-        if b'"""' not in source and b"'''" not in source and file.name != "topics.py":
-            return []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (OSError, ValueError, SyntaxError, RecursionError):
-        return []
-    if file.match("pydoc_data/topics.py"):
-        constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        found = [value for value in constants if isinstance(value, str)]
-    else:
-        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-        methods = [node for owner in classes for node in owner.body if isinstance(node, functions)]
-        owners = [tree, *classes, *(node for node in tree.body if isinstance(node, functions)), *methods]
-        found = [ast.get_docstring(node) or "" for node in owners]
-    return [clean(text.strip()) for text in found if len(text.strip()) >= 600]

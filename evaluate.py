@@ -1,361 +1,252 @@
 """
-MAUVE of the last sequences of a run, beside the base model's floor and a ceiling of real text against real text.
+MAUVE of the last sequences of a run, beside the base model's floor and a ceiling of real text.
 
-    python evaluate.py out/demo-1                         # the last sequences of the run, from the files it left
-    python evaluate.py out/demo-1 --fresh 500             # new samples from its checkpoint, on held-out prefixes
-    python evaluate.py out/demo-1 --curve 250             # over the run, in windows of 250 sequences
-    python evaluate.py out/demo-1 out/demo-2              # which of two runs ended higher, on the same prefixes
+    python evaluate.py out/demo-1                         # measure a run from the files it left
+    python evaluate.py out/demo-1 --fresh 500             # also new samples from its checkpoint, on held-out prefixes
+    python evaluate.py out/demo-1 --curve 250             # MAUVE over the run in windows of 250 sequences
+    python evaluate.py out/demo-1 out/demo-2              # compare runs, prefix by prefix
     python evaluate.py out/demo-1 --featurizer gpt2-large --seeds 10
 
-Writes mauve.json and result.json into the run's folder, and features.npz, so that no text is featurized twice.
+Writes result.json (the main numbers) and mauve.json (everything) into the run's folder.
 
 What differs from the textbook:
-1. Floor, result and ceiling stand on the same prefixes and the same number of texts, since few texts read high.
-2. Each has a standard deviation over seeds of k-means and, apart, a 95 % interval by bootstrap over texts, which is one
-   for MAUVE at this number of texts, not at infinitely many.
+1. Floor, result and ceiling use the same prefixes and the same number of texts, because MAUVE reads high on few texts.
+2. Each has a standard deviation over k-means seeds and a 95 % interval, which is for MAUVE at this number of texts.
 3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "not told apart".
 """
 import json
 import math
-import pathlib
 import statistics
-import sys
 
-from flags import NEEDED, Parser, UserError, check_device, read_args
-from measures import audit, copy_rate, distinct, lengths, reliability, repetition, self_bleu
-from scores import mauve_of, paired
+from flags import Parser, Run, UserError, check_device, json_lines, read_lines, write_whole
+from measures import (audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired, reliability,
+                      repetition, self_bleu)
 
-WINDOW = 2000  # the write-up's: the last 2000 generated sequences, with mauve-text's own seed
-LIBRARY_SEED = 25
+WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, with mauve-text's default seed
 LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
-          "ceiling": "ceiling: other real texts"}
+          "ceiling": "ceiling: other real texts", "mauve_last2000": "last {num_last2000} (the write-up)",
+          "fresh": "fresh: held-out prefixes", "fresh_ceiling": "ceiling of fresh"}
+PAIRED = "{verdict} by {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
 
 
-def read_lines(file):
-    """The records of a .jsonl file; a last line that was torn off in writing is left out."""
-    if not file.exists():
-        return []
-    records = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):  # what follows the last one is "" or torn
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise UserError(f"{file}:{number} is not a record of a run; mend or remove that line") from None
-    return records
+def read_run(folder):
+    """A run that can be measured; fewer than 4 sequences, or damaged ones, are an error."""
+    run = Run(folder)
+    if len(run.rollouts) < 4:
+        raise UserError(f"{folder} has {len(run.rollouts)} sequences, and 4 are needed; if it is a run of train.py, "
+                        f"continue it with: python train.py --resume {folder}")
+    if not all(isinstance(record.get(key), str) for record in run.rollouts + run.floor
+               for key in ("prefix", "sep", "truth", "completion")):
+        raise UserError(f"{folder}: a sequence lacks prefix, sep, truth or completion; its files are damaged")
+    return run
 
 
-def read_texts(out_dir):
-    """The sequences of a run and of its floor, two lists of records; too few of them are an error."""
-    out_dir = pathlib.Path(out_dir)
-    rollouts, floor = read_lines(out_dir / "rollouts.jsonl"), read_lines(out_dir / "floor.jsonl")
-    for record in rollouts + floor:
-        if not all(isinstance(record.get(key), str) for key in ("prefix", "truth", "completion")):
-            raise UserError(f"{out_dir}: a sequence without prefix, truth and completion; its files are damaged")
-    if len(rollouts) < 4:
-        advice = "it is no run of train.py"
-        if (out_dir / "rollouts.jsonl").exists():
-            advice = f"go on with: python train.py --resume {out_dir}"
-        raise UserError(f"{out_dir} has {len(rollouts)} sequences, and 4 are needed; {advice}")
-    return rollouts, floor
+def column(records, key):
+    return [record[key] for record in records]
 
 
-# -----------------------------------------------------------------------------
-# what texts look like beside MAUVE
+def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
+    """Measure a run from the files it left, print a table, write mauve.json and result.json, return the result.
 
-def perplexity(model, encode, bos, records, key, device, batch_size=32):
-    """exp of the mean negative log-prob of the texts' tokens after their prefixes, under the bare base model."""
-    import torch
-
-    from model import causal_lm, hidden_states, pad, token_logps, without_adapters
-    V = causal_lm(model).get_output_embeddings().weight.shape[0]
-    total, count = 0.0, 0
-    blocked = torch.zeros(1, V, dtype=torch.bool, device=device)  # (1, V)
-    with torch.no_grad(), without_adapters(model):
-        for first in range(0, len(records), batch_size):
-            before = [bos + encode(r["prefix"] + r.get("sep", " "))[0] for r in records[first:first + batch_size]]
-            after = [encode(r[key])[0] for r in records[first:first + batch_size]]
-            ids = pad([a + b for a, b in zip(before, after)], 0, device)  # (B, T)
-            mask = pad([[0] * len(a) + [1] * len(b) for a, b in zip(before, after)], 0, device, torch.bool)  # (B, T)
-            hidden, targets = hidden_states(model, ids)[:, :-1][mask[:, 1:]], ids[mask]  # (N, H), (N,)
-            stats = token_logps(model, hidden, targets, blocked, torch.zeros_like(targets))
-            total, count = total - stats.logp.sum().item(), count + len(targets)
-    return math.exp(total / count) if count else None
-
-
-def looks(model, tokenizer, encode, bos, records, key, device):
-    """What one list of texts looks like: diversity, repetition, copying, length, perplexity; and the shortcut audit."""
-    from discriminator import pair_ids
-    records = [r for r in records if r[key]]
-    ids = [encode(r[key])[0] for r in records]
-    told = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)}
-    told.update(self_bleu_4=self_bleu([r[key] for r in records]), repetition=repetition(ids),
-                copy_rate=copy_rate([encode(r["prefix"])[0] for r in records], ids),
-                perplexity=perplexity(model, encode, bos, records, key, device), length=lengths(ids) if ids else None)
-    if key == "truth":
-        return told
-    read = [pair_ids(encode, bos, r["prefix"], r.get("sep", " "), r["truth"], r[key]) for r in records]
-    sides = [[[i for i, is_its in zip(*pair[side]) if is_its] for pair in read if pair] for side in (0, 1)]
-    real, generated = ([(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in side]
-                       for side in sides)
-    told["audit"] = audit(real, generated) if len(real) >= 10 else None
-    return told
-
-
-# -----------------------------------------------------------------------------
-# a run
-
-def evaluate(out_dir, featurizer_name, seeds, model, tokenizer, device, curve=0):
-    """Measure a run from the files it left. Writes mauve.json and result.json, prints a table, returns the result.
-
-    curve: also MAUVE over the run, in windows of so many sequences (0: not).
+    curve: sequences per window of MAUVE over the run (0: about ten windows).
     """
-    from data import bos_ids, plain_encoder
-    from features import featurizer
-    out_dir = pathlib.Path(out_dir)
-    rollouts, floor = read_texts(out_dir)
+    run = read_run(folder)
+    rollouts, floor = run.rollouts, run.floor
     n = min(max(len(floor), 4) if floor else WINDOW, len(rollouts))
-    last, before, floor = rollouts[-n:], rollouts[:-n][-n:], floor[-n:]
-    same_prefixes = [r["prefix"] for r in floor] == [r["prefix"] for r in last]
-    if floor and not same_prefixes:
-        print(f"note: {out_dir} is not finished, so its floor stands on other prefixes than its last {n} sequences",
-              file=sys.stderr)
+    last, before, window, floor = rollouts[-n:], rollouts[:-n][-n:], rollouts[-WINDOW:], floor[-n:]
+    fresh = [row for row in read_lines(run.folder / "fresh.jsonl") if row.get("step") == last[-1]["step"]]  # not older
 
-    featurize = featurizer(featurizer_name, model, tokenizer, device, cache=out_dir / "features.npz")
-    num_empty = {}
-
-    def features_of(name, records, key):
-        num_empty[name] = sum(not record[key] for record in records)
-        return featurize([record[key] for record in records])  # (n, H)
-
-    truth, written = features_of("truth", last, "truth"), features_of("mauve", last, "completion")
-    compared = {"mauve": (truth, written)}
-    if floor:
-        compared["floor"] = truth, features_of("floor", floor, "completion")
-    # the ceiling sets the same truth against as many other real texts; a run too short for that, its two halves
-    other = features_of("ceiling", before, "truth") if len(before) == n else None
-    compared["ceiling"] = (truth, other) if other is not None else (truth[:len(truth) // 2], truth[len(truth) // 2:])
-    scores = {name: mauve_of(p, q, seeds) for name, (p, q) in compared.items()}
-    window = rollouts[-WINDOW:]
-    p, q = (features_of("last2000", window, key) for key in ("truth", "completion"))
-    scores["mauve_last2000"] = mauve_of(p, q, [LIBRARY_SEED])
-
-    result = {}
-    for name in ("mauve", "floor", "ceiling"):
-        score = scores.get(name)
-        for key, part in ((name, "mauve"), (f"{name}_sd", "mauve_sd"), (f"{name}_interval", "interval")):
-            result[key] = score[part] if score else None
-    result.update(mauve_last2000=scores["mauve_last2000"]["mauve"], num_last2000=len(window),
-                  num_sequences=n, featurizer=featurizer_name, num_seeds=seeds, num_empty=num_empty)
-    steps = read_lines(out_dir / "metrics.jsonl")
-    result.update(num_steps=len(steps), seconds=sum(row["seconds"] for row in steps))
-    tail = [row["kl"] for row in steps if row["step"] >= last[0]["step"] and row["kl"] is not None]
-    result["kl"] = statistics.fmean(tail) if tail else None
-    if floor and same_prefixes:
+    # the ceiling compares the truth with as many other real texts; in a run too short for that, its two halves
+    truth, half = column(last, "truth"), n // 2
+    compared = {"mauve": (truth, column(last, "completion")), "floor": (truth, column(floor, "completion")),
+                "ceiling": (truth, column(before, "truth")) if len(before) == n else (truth[:half], truth[half:]),
+                "mauve_last2000": (column(window, "truth"), column(window, "completion")),
+                "fresh": (column(fresh, "truth"), column(fresh, "completion")),
+                "fresh_ceiling": (column(fresh, "truth"), column(fresh, "other_truth"))}
+    compared = {name: texts for name, texts in compared.items() if texts[1]}
+    featurize = featurizer(featurizer_name, model, tokenizer, device)
+    scores = {name: mauve_of(*map(featurize, texts), [LIBRARY_SEED] if name == "mauve_last2000" else seeds)
+              for name, texts in compared.items()}
+    result = dict(floor=None, floor_sd=None, floor_interval=None)
+    for name, score in scores.items():
+        result |= {name: score["mauve"], f"{name}_sd": score["mauve_sd"], f"{name}_interval": score["interval"]}
+    kl = [row["kl"] for row in run.metrics if row["step"] >= last[0]["step"] and row["kl"] is not None]
+    result |= dict(
+        num_sequences=n, num_last2000=len(window), fresh_num_sequences=len(fresh), num_steps=len(run.metrics),
+        featurizer=featurizer_name, num_seeds=seeds, seconds=sum(column(run.metrics, "seconds")),
+        kl=statistics.fmean(kl) if kl else None,
+        num_empty={"truth": truth.count(""), **{name: texts[1].count("") for name, texts in compared.items()}})
+    if floor and column(floor, "prefix") == column(last, "prefix"):
         result["against_floor"] = compare(featurize, last, floor)
+    elif floor:
+        print(f"{folder} is not finished: the prefixes of its floor are not those of its last {n} sequences")
 
-    encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
-    sets = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
-    texts = {name: looks(model, tokenizer, encode, bos, records, key, device)
-             for name, (records, key) in sets.items() if records}
-    report = {**result, "ceiling_num_sequences": len(compared["ceiling"][1]), "scores": scores, "texts": texts}
-    verdicts = [r for r in read_lines(out_dir / "verdicts.jsonl") if r["step"] >= last[0]["step"]]
-    if verdicts:  # of --disc reason
-        kinds = {"all texts": verdicts, "generated": [r for r in verdicts if r["text"] == "generated"]}  # these pay
-        report["reliability"] = {kind: reliability(*zip(*((r["d_value"], r["verdict"] == r["text"]) for r in rows)))
-                                 for kind, rows in kinds.items()}
-    if curve:
-        report["curve"] = over_the_run(rollouts, curve, seeds, featurize)
-    write_json(out_dir / "result.json", result)
-    write_json(out_dir / "mauve.json", report)
-    print_table(out_dir, report)
+    texts = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
+    report = result | dict(
+        ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, curve_sequences=curve,
+        curve=over_the_run(rollouts, curve, seeds, featurize),
+        texts={name: describe(model, tokenizer, *which, device) for name, which in texts.items() if which[0]})
+    verdicts = [row for row in run.verdicts if row["step"] >= last[0]["step"]]
+    for kind in ("all texts", "generated") if verdicts else ():  # --disc reason; the generator is paid for the second
+        rows = [row for row in verdicts if kind in ("all texts", row["text"])]
+        report.setdefault("reliability", {})[kind] = reliability(
+            column(rows, "d_value"), [row["verdict"] == row["text"] for row in rows])
+    print_report(folder, report)  # before writing: a full disk must not cost the numbers
+    write_whole(run.folder / "mauve.json", json.dumps(report, indent=2) + "\n")
+    write_whole(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def write_json(file, what):
-    """Write beside, then rename, so that a good result is never lost to a full disk."""
-    from checkpoint import write_whole
-    try:
-        write_whole(file, json.dumps(what, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{file} could not be written: {error}") from None
+def over_the_run(rollouts, size, seeds, featurize):
+    """MAUVE in windows of `size` sequences (0: ten windows, of 50 to 500 sequences), with the last step of each."""
+    total, points = len(rollouts), []
+    count = total // size if size else min(total // 50, 10)
+    size = size or min(total // max(count, 1), 500)
+    for end in (total * i // count for i in range(1, count + 1)):
+        rows = rollouts[end - size:end]
+        score = mauve_of(featurize(column(rows, "truth")), featurize(column(rows, "completion")), seeds)
+        points.append({"step": rows[-1]["step"], "num_sequences": size,
+                       **{key: score[key] for key in ("mauve", "mauve_sd", "interval")}})
+    return points
+
+
+def describe(model, tokenizer, records, key, device):
+    """Diversity, repetition, copying, perplexity and length of some texts; if they are generated, also the audit."""
+    from data import bos_ids, plain_encoder
+    from discriminator import pair_ids
+    encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
+    records = [record for record in records if record[key]]
+    ids, prefixes = ([encode(text)[0] for text in column(records, name)] for name in (key, "prefix"))
+    read = {other: [pair_ids(encode, bos, r["prefix"], r["sep"], r[other], r[key]) for r in records]
+            for other in {"truth", key}}  # as a discriminator reads them; a text beside itself is not cut
+    found = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)}
+    found |= dict(self_bleu_4=self_bleu(column(records, key)), repetition=repetition(ids),
+                  copy_rate=copy_rate(prefixes, ids), length=lengths(ids) if ids else {},
+                  perplexity=perplexity(model, [pair[0] for pair in read[key] if pair], device))
+    if key != "truth":
+        sides = [[[i for i, counts in zip(*pair[side]) if counts] for pair in read["truth"] if pair] for side in (0, 1)]
+        texts = [[(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in side] for side in sides]
+        found["audit"] = audit(*texts) if len(sides[0]) >= 10 else {}
+    return found
+
+
+def perplexity(model, texts, device, batch_size=32):
+    """exp of the mean negative log-prob of marked tokens under the base model. texts: pairs of ids and marks."""
+    import torch
+    from model import micro_batches, pad, token_stats, without_adapters
+    logps = []
+    for ids, marks in (zip(*batch) for batch in micro_batches(texts, batch_size)):
+        ids, mask = pad(ids, 0, device), pad(marks, False, device, torch.bool)  # (B, T) each
+        mask[:, 0] = False  # nothing predicts the first token
+        with torch.no_grad(), without_adapters(model):
+            logps += token_stats(model, ids, mask).logp.tolist()
+    return math.exp(-statistics.fmean(logps)) if logps else None
+
+
+def print_report(folder, report):
+    scores, n = report["scores"], report["num_sequences"]
+    print(f"\nMAUVE of {folder}: {n} sequences, {scores['mauve']['num_buckets']} buckets, featurizer "
+          f"{report['featurizer']}, {report['num_seeds']} seeds{'; few texts read high and noisy' * (n < 500)}")
+    lines = [(label.format(**report), scores[name]) for name, label in LABELS.items() if name in scores]
+    for label, score in lines + [(f"step {point['step']}", point) for point in report["curve"]]:
+        low, high = score["interval"]
+        print(f"  {label:28s}{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   95 % {low:.3f} to {high:.3f}")
+    if "against_floor" in report:
+        print("  end against floor           " + PAIRED.format(**report["against_floor"]))
+    if any(report["num_empty"].values()):
+        print(f"  empty: {', '.join(f'{count} of {name}' for name, count in report['num_empty'].items() if count)}")
+    if report["kl"] is not None:
+        print(f"  KL to the base              {report['kl']:.3f} nats a token")
+    rows = {}
+    for name, found in report["texts"].items():
+        for key, value in found.items():
+            for part, x in value.items() if isinstance(value, dict) else [("", value)]:
+                x = x[0] if isinstance(x, tuple) else x
+                rows.setdefault(f"{key} {part}", {})[name] = "" if x is None else f"{x:.{1 if x >= 10 else 3}f}"
+    print("\n" + " " * 30 + "".join(f"{name:>10s}" for name in report["texts"]))
+    for label, cells in rows.items():
+        print(f"  {label:28s}" + "".join(f"{cells.get(name, ''):>10s}" for name in report["texts"]))
+    for kind, (bins, error) in report.get("reliability", {}).items():
+        print(f"\n  d_value, {kind:11s}verdicts  its mean     right   off by {error or 0:.3f} on average")
+        for low, high, count, mean, share in bins:
+            print(f"  {low:.1f} to {high:.1f}        {count:10d}{mean:10.3f}{share:10.3f}")
+
+
+def sample_fresh(run, num_sequences, generator):
+    """Write fresh.jsonl: samples on held-out prefixes, each with the truth of another held-out document as well."""
+    from tqdm import tqdm
+    from data import plain_encoder, windows
+    from model import DTYPES
+    from rollout import Writer
+    from sampler import Sampler
+    stream = windows(run.args, plain_encoder(generator.tokenizer), split="held_out")
+    num = min(num_sequences, stream.num_documents // 2)
+    if num < 4:
+        raise UserError(f"--fresh: --data has {stream.num_documents} held-out documents, and 8 are needed")
+    if num < num_sequences:
+        print(f"--fresh {num_sequences}: {num} of {stream.num_documents} held-out documents; the ceiling takes as many")
+    writer = Writer(Sampler(generator.model, DTYPES[run.args.dtype], run.args.merge), generator.tokenizer, run.args)
+    records = []
+    for first in tqdm(range(0, num, 32), desc="fresh samples"):
+        batch = [stream[place] for place in range(first, min(first + 32, num))]
+        samples = writer.write(batch, generator.adapter, "fresh", first)
+        records += writer.records([run.rollouts[-1]["step"]] * len(batch), batch, samples)
+    for place, record in enumerate(records, num):
+        record["other_truth"] = stream[place].truth
+    write_whole(run.folder / "fresh.jsonl", json_lines(records))
 
 
 def compare(featurize, one, other):
-    """`paired` on two lists of records with the same prefixes: a dict."""
-    rows = [(a["truth"], a["completion"], b["completion"]) for a, b in zip(one, other)]
-    difference, interval, verdict = paired(*map(featurize, map(list, zip(*rows))))
-    return {"difference": difference, "interval": interval, "verdict": verdict, "num_sequences": len(rows)}
+    """The end of one run against another's: two lists of records with the same prefixes."""
+    return paired(*map(featurize, (column(one, "truth"), column(one, "completion"), column(other, "completion"))))
 
 
-def over_the_run(rollouts, size, seeds, featurize):
-    """MAUVE of each window of `size` sequences: a list of dicts with the window's last step."""
-    told = []
-    for first in range(0, len(rollouts) - size + 1, size):
-        rows = rollouts[first:first + size]
-        score = mauve_of(*(featurize([r[key] for r in rows]) for key in ("truth", "completion")), seeds)
-        told.append({"step": rows[-1].get("step"), **{key: score[key] for key in ("mauve", "mauve_sd", "interval")}})
-    return told
-
-
-def sample_fresh(run, out_dir, num_sequences, model, tokenizer, device):
-    """Records of new samples by a run's checkpoint on held-out prefixes, and as many other held-out truths."""
-    import torch
-    from tqdm import tqdm
-
-    from data import plain_encoder, windows
-    from model import DTYPES, add_adapters, load_adapters
-    from rollout import complete, rules
-    from sampler import Sampler
-    name = "shared" if run["adapters"] == "shared" else "generator"  # the discriminator may be on another model
-    model = add_adapters(model, [name], run["rank"], run["alpha"])
-    load_adapters(model, out_dir / "ckpt")
-    sampler = Sampler(model, DTYPES[run["dtype"]], run.get("merge", True))
-    sampler.follow(name)
-    encode, rule, C = plain_encoder(tokenizer), rules(tokenizer, model), run["completion_tokens"]
-    lengths = run["reasoning_tokens"], C, run["echo_tokens"], run["temperature"]
-    stream = windows(run["data"], encode, run["prefix_tokens"], C, run["seed"], "held_out", run["text_field"])
-    generator, records, size = torch.Generator(device).manual_seed(run["seed"]), [], max(run["batch_size"], 32)
-    for first in tqdm(range(0, num_sequences, size), desc="fresh samples"):
-        batch = [stream[position] for position in range(first, min(first + size, num_sequences))]
-        roll, texts = complete(sampler, tokenizer, encode, rule, batch, *lengths, generator)
-        records += [dict(prefix=w.prefix, sep=w.sep, truth=w.truth, think=tokenizer.decode(think), completion=text,
-                         n_completion=n) for w, think, (text, n) in zip(batch, roll.think, texts)]
-    return records, [stream[position].truth for position in range(num_sequences, 2 * num_sequences)]
-
-
-def fresh(run, out_dir, num_sequences, featurizer_name, seeds, model, tokenizer, device):
-    """Measure new samples on held-out prefixes, which it leaves in fresh.jsonl; adds `fresh` to both result files."""
-    from features import featurizer
-    out_dir = pathlib.Path(out_dir)
-    if not (out_dir / "ckpt").is_dir():
-        raise UserError(f"--fresh: {out_dir} has no checkpoint to sample from")
-    featurize = featurizer(featurizer_name, model, tokenizer, device, cache=out_dir / "features.npz")
-    records, others = sample_fresh(run, out_dir, num_sequences, model, tokenizer, device)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    (out_dir / "fresh.jsonl").write_text("".join(lines), encoding="utf-8")
-    truth, written = (featurize([r[key] for r in records]) for key in ("truth", "completion"))  # (N, H) each
-    score, ceiling = mauve_of(truth, written, seeds), mauve_of(truth, featurize(others), seeds)
-    print(f"\nfresh: {num_sequences} held-out prefixes, {sum(not r['completion'] for r in records)} left empty")
-    print_scores({"mauve": score, "ceiling": ceiling})
-    found = {"fresh": score["mauve"], "fresh_sd": score["mauve_sd"], "fresh_interval": score["interval"],
-             "fresh_ceiling": ceiling["mauve"], "fresh_num_sequences": num_sequences}
-    for file in (out_dir / "result.json", out_dir / "mauve.json"):
-        write_json(file, {**json.loads(file.read_text()), **found})
-
-
-def print_scores(scores):
-    for name, label in LABELS.items():
-        score = scores.get(name)
-        if score:
-            low, high = score["interval"]
-            print(f"  {label:28s}{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   95 % {low:.3f} to {high:.3f}")
-
-
-def print_table(out_dir, report):
-    """Print what `evaluate` found."""
-    n, num_window, scores = report["num_sequences"], report["num_last2000"], report["scores"]
-    num_buckets = scores["mauve"]["num_buckets"]
-    print(f"\nMAUVE of {out_dir}: {n} sequences, {num_buckets} buckets, featurizer {report['featurizer']}, "
-          f"{report['num_seeds']} seeds" + ("" if n >= 500 else "; few texts read high and noisy"))
-    print_scores(scores)
-    print(f"  {f'last {num_window} (the write-up)':28s}{scores['mauve_last2000']['mauve']:.3f}"
-          + ("" if num_window == WINDOW else f"   fewer than {WINDOW}"))
-    if report.get("against_floor"):
-        print(f"  end against floor           {in_words(report['against_floor'])}")
-    empty = [f"{count} of {name}" for name, count in report["num_empty"].items() if count]
-    if empty:
-        print(f"  empty: {', '.join(empty)}")
-    for point in report.get("curve", []):
-        print(f"  step {point['step']:<23}{point['mauve']:.3f} +- {point['mauve_sd']:.3f}")
-    if report["kl"] is not None:
-        print(f"  KL to the reference         {report['kl']:.3f} nats a token")
-    print_texts(report["texts"])
-    for kind, told in report.get("reliability", {}).items():
-        print_reliability(kind, *told)
-
-
-def print_texts(texts):
-    """Print what `looks` found: a column a list of texts."""
-    def line(label, cells):
-        print(f"  {label:28s}" + "".join(f"{cell:>10s}" for cell in cells))
-
-    print()
-    line("", texts)
-    for key in ("distinct_1", "distinct_2", "distinct_3", "self_bleu_4", "repetition", "copy_rate", "perplexity"):
-        line(key, [number(look[key]) for look in texts.values()])
-    for key in ("mean", "p10", "p50", "p90"):
-        line(f"length, {key}", [number((look["length"] or {}).get(key)) for look in texts.values()])
-    audits = [look.get("audit") for look in texts.values()]
-    for name in next(filter(None, audits), []):
-        line(f"audit, {name}", [f"{told[name][0]:.0%}" if told else "" for told in audits])
-
-
-def print_reliability(kind, rows, error):
-    """Print how far `d_value` held in the verdicts of the last steps, on one kind of texts."""
-    label = f"d_value, {kind}"
-    print(f"\n  {label:20s}{'verdicts':>8s}{'its mean':>10s}{'right':>10s}   off by {error:.3f} on average")
-    for low, high, count, mean, share in rows:
-        print(f"  {f'{low:.1f} to {high:.1f}':18s}{count:10d}{mean:10.3f}{share:10.3f}")
-
-
-def number(value):
-    return "" if value is None else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def in_words(comparison):
-    low, high = comparison["interval"]
-    return (f"{comparison['verdict']} by {comparison['difference']:+.3f}   95 % {low:+.3f} to {high:+.3f}, paired, "
-            f"{comparison['num_sequences']} prefixes")
-
-
-def compare_runs(folders, featurizer_name, model, tokenizer, device):
-    """Print how the ends of two runs compare, on the prefixes that both end with."""
-    from features import featurizer
-    ends = []
-    for folder in folders:
-        rollouts, floor = read_texts(folder)
-        ends.append({r["prefix"]: r for r in rollouts[-(len(floor) or WINDOW):]})
-    common = [prefix for prefix in ends[0] if prefix in ends[1]]
-    featurize = featurizer(featurizer_name, model, tokenizer, device, cache=folders[0] / "features.npz")
-    if len(common) < 4:
-        raise UserError(f"{folders[0]} and {folders[1]} end on {len(common)} common prefixes, and 4 are needed; "
-                        "give two runs of the same --data, --seed and lengths")
-    comparison = compare(featurize, *([end[prefix] for prefix in common] for end in ends))
-    print(f"\n{folders[0]} against {folders[1]}: {in_words(comparison)}")
-    return comparison
+def compare_runs(runs, featurize):
+    """Print how the end of the first run compares with the end of each other run, on the prefixes they share."""
+    names = "data text_field model seed prefix_tokens completion_tokens num_steps batch_size".split()  # of the stream
+    ends = [{record["prefix"]: record for record in run.rollouts[-(len(run.floor) or WINDOW):]} for run in runs]
+    for run, end in zip(runs[1:], ends[1:]):
+        common = [prefix for prefix in ends[0] if prefix in end]
+        if len(common) < 4:
+            pairs = ((name, *(getattr(each.args, name, None) for each in (runs[0], run))) for name in names)
+            reasons = [f"--{name} is {one} and {other}" for name, one, other in pairs if one != other]
+            raise UserError(f"{runs[0].folder} and {run.folder} end on {len(common)} common prefixes, and 4 are "
+                            f"needed: {', '.join(reasons) or 'one of them is not finished'}")
+        comparison = compare(featurize, *([each[prefix] for prefix in common] for each in (ends[0], end)))
+        print(f"\n{runs[0].folder} against {run.folder}: {PAIRED.format(**comparison)}")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("run", help="folder of a run, out/NAME")
-    parser.add_argument("other", nargs="?", default=None, help="folder of another run, to compare the first with")
-    parser.add_argument("--fresh", type=int, default=0,
-                        help="new samples from the checkpoint, on held-out prefixes (0: none)")
-    parser.add_argument("--curve", type=int, default=0, help="sequences a window of MAUVE over the run (0: no curve)")
-    parser.add_argument("--featurizer", default=None,
-                        help="a model id, or base: the run's own base model (unset: as the run's)")
-    parser.add_argument("--seeds", type=int, default=None, help="seeds of k-means (unset: as the run's)")
-    parser.add_argument("--device", default=None, help="cuda, cpu, ... (unset: as the run's)")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="run", help="folder of a run, out/NAME; others are compared with the first")
+    add("--fresh", type=int, default=0, help="sequences to sample on held-out prefixes (0: none)")
+    add("--curve", type=int, default=0, help="sequences per window of MAUVE over the run (0: ten windows)")
+    add("--featurizer", default=None, help="id of the model that embeds texts, or base (default: as in the run)")
+    add("--seeds", type=int, default=None, help="k-means seeds of MAUVE (default: as in the run)")
+    add("--device", default=None, help="cuda, cuda:1, cpu, ... (default: as in the run)")
     flags = parser.parse_args()
+    runs = [read_run(folder) for folder in flags.runs]
+    run, args = runs[0], runs[0].args
+    name, seeds = flags.featurizer or args.featurizer, flags.seeds or args.seeds or 5
+    check_device(device := flags.device or args.device)
+    if min(flags.fresh or 4, flags.curve or 4) < 4 or seeds < 1:
+        raise UserError("--fresh and --curve must be 0, or 4 and more; --seeds must be above 0")
+    if len(runs) > 1 and (flags.fresh or flags.curve):
+        raise UserError("--fresh and --curve measure one run; leave them out to compare runs")
 
-    run = read_args(flags.run, NEEDED)
-    settings = {key: run[key] if getattr(flags, key) is None else getattr(flags, key)
-                for key in ("featurizer", "seeds", "device")}
-    if settings["seeds"] < 1:
-        raise UserError(f"--seeds {settings['seeds']}: must be above 0")
-    for name in ("fresh", "curve"):
-        if getattr(flags, name) and not 4 <= getattr(flags, name) <= 10 ** 6:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be 0, or from 4 to a million")
-    check_device(settings["device"])
-    for folder in filter(None, (flags.run, flags.other)):
-        read_texts(folder)
+    from checkpoint import explain_failures, load_run
     from model import checked_device, load_model
-    device = checked_device(settings["device"])
-    model, tokenizer = load_model(run["model"], run["quant"], run["dtype"], device)
-    if flags.other:
-        folders = pathlib.Path(flags.run), pathlib.Path(flags.other)
-        compare_runs(folders, settings["featurizer"], model, tokenizer, device)
+    explain_failures(run.folder)
+    device = checked_device(device)
+    check_featurizer(name)
+    if flags.fresh:
+        generator, _ = load_run(run, device)
+        model, tokenizer = generator.model, generator.tokenizer
+        sample_fresh(run, flags.fresh, generator)
     else:
-        evaluate(flags.run, settings["featurizer"], settings["seeds"], model, tokenizer, device, flags.curve)
-        if flags.fresh:
-            fresh(run, flags.run, flags.fresh, settings["featurizer"], settings["seeds"], model, tokenizer, device)
+        model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
+    if len(runs) > 1:
+        compare_runs(runs, featurizer(name, model, tokenizer, device))
+    else:  # a --curve of an earlier call is measured again
+        evaluate(run.folder, name, seeds, model, tokenizer, device, flags.curve or run.mauve.get("curve_sequences", 0))

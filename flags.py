@@ -5,6 +5,7 @@ wrong flag or a wrong folder fails before torch has loaded.
 import argparse
 import difflib
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -34,6 +35,11 @@ class UserError(SystemExit):
 def escaped(text):
     """Text with its unprintable characters escaped: it cannot move a terminal's cursor or change its colours."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def readable(text):
+    """Text with its unprintable characters escaped, except for line ends and tabs."""
+    return re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text)
 
 
 def short(word):
@@ -232,6 +238,8 @@ def check(args):
          "reason, or leave it out"),
         (args.d_model and args.adapters == "shared", f"--d_model {args.d_model}: two models cannot share an adapter; "
          "give --adapters separate"),
+        (args.track != "none" and importlib.util.find_spec(args.track) is None, f"--track {args.track}: the package is "
+         f"not installed; pip install {args.track}"),
         (not (args.data in ("pile", "demo") or args.data.startswith("hub:") or pathlib.Path(args.data).exists()),
          f"--data {args.data} does not exist; give pile, demo, hub:user/name, or a path"),
     ):

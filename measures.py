@@ -1,16 +1,171 @@
 """
-What texts look like, beside MAUVE: diversity, repetition, copying, lengths, and what gives the generated ones away. And
-whether chances hold.
+Measures of texts: MAUVE with intervals and the features under it, diversity, a shortcut audit, calibration.
 
-Pure functions of texts and of lists of token ids. `audit` asks what a discriminator could know without reading: a small
-classifier sees one side of the texts alone (how long, how they begin, how they end, how they are cut into tokens, their
-white space), and 50 % means that this side tells nothing.
+MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) has c = 5 and a tenth as many clusters as texts. What differs
+from the package mauve-text, which finds the clusters:
+1. The score is computed from the clusters' histograms: the package's to 1e-12, and 1 where they are equal.
+2. It has an interval by bootstrap over texts, and two sets of texts can be compared in pairs.
+3. Any model can make the features, in batches; for gpt2 and bert names they equal the package's.
+4. An empty text is a row of zeros, far from all others. The package drops it, so a silent model would score high.
+
+Letters: B or N texts, T tokens, H features, S seeds, K clusters, W mixture weights.
 """
 import collections
+import contextlib
 import difflib
+import os
 import random
 import statistics
 
+import numpy as np
+
+from flags import UserError
+
+
+def mauve_of(truth, generated, seeds):
+    """MAUVE between two feature matrices (N, H), over k-means seeds: a number of them, or a list. Returns a dict: mauve
+    and mauve_star (smoothed), each the mean over seeds, with _sd; interval, 95 % by `bootstrap`; num_buckets; per_seed.
+    """
+    seeds, sizes = range(seeds) if isinstance(seeds, int) else seeds, (len(truth), len(generated))
+    hists = np.stack([histograms(truth, generated, seed) for seed in seeds], axis=1)  # (2, S, K)
+    smooth = [(n * hist + 0.5) / (n + hist.shape[1] / 2) for n, hist in zip(sizes, hists)]  # (S, K) each
+    scores, stars = histogram_mauve(*hists), histogram_mauve(*smooth)  # (S,) each
+    moved = [bootstrap(p, q, *sizes) for p, q in zip(*hists)]  # S of (num_draws,)
+    return {"mauve": float(scores.mean()), "mauve_sd": float(scores.std()),
+            "mauve_star": float(stars.mean()), "mauve_star_sd": float(stars.std()),
+            "interval": (scores.mean() + np.quantile(moved, (0.025, 0.975))).clip(0, 1).tolist(),
+            "num_buckets": hists.shape[2], "per_seed": scores.tolist()}
+
+
+def histograms(truth, generated, seed, num_redo=5):
+    """The shares (K,) that two feature matrices (N, H) have in their common clusters; the best of num_redo k-means."""
+    from mauve import compute_mauve
+    with quiet():
+        found = compute_mauve(p_features=truth, q_features=generated, seed=seed, kmeans_num_redo=num_redo)
+    return found.p_hist, found.q_hist  # (K,) each
+
+
+def histogram_mauve(p, q, c=5.0, num_points=25):
+    """MAUVE of histograms (..., K): the area under the curve (exp(-c KL(q | r)), exp(-c KL(p | r))) with
+    r = w p + (1 - w) q, over `num_points` weights w and its two ends, by trapezoids in x and in y: (...).
+    """
+    w = np.linspace(1e-6, 1 - 1e-6, num_points)[:, None]  # (W, 1)
+    p, q = p[..., None, :], q[..., None, :]  # (..., 1, K) each
+    mixed = w * p + (1 - w) * q  # (..., W, K)
+
+    def curve(part):
+        ratio = np.divide(part, mixed, out=np.ones_like(mixed), where=part > 0)  # (..., W, K)
+        return np.exp(-c * (part * np.log(ratio)).sum(-1))  # (..., W)
+
+    ends = [(0, 0)] * (p.ndim - 2) + [(1, 1)]
+    x, y = (np.pad(side, ends, constant_values=edges) for side, edges in
+            ((curve(q), (1, 0)), (curve(p), (0, 1))))  # (..., W + 2) each: x falls, y rises
+    return 0.5 * (np.trapezoid(x, y) - np.trapezoid(y, x))  # (...)
+
+
+def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
+    """How far MAUVE moves when texts are drawn with replacement and the clusters are kept: deviations (num_draws,) from
+    their mean, since drawing 500 of 500 texts adds noise, which by itself lowers MAUVE. So they give an interval for
+    MAUVE at this number of texts; the value for infinitely many lies elsewhere.
+    """
+    rng = np.random.default_rng(0)
+    draws = [rng.multinomial(n, hist / hist.sum(), num_draws) / n for hist, n in ((p_hist, num_p), (q_hist, num_q))]
+    scores = histogram_mauve(*draws)  # (num_draws,)
+    return scores - scores.mean()  # (num_draws,)
+
+
+def paired(truth, one, other, num_draws=60):
+    """MAUVE of `one` minus MAUVE of `other`: three matrices (N, H) whose i-th rows belong to one prefix.
+
+    Returns a dict: difference; interval, 95 % by bootstrap over prefixes, each draw with another k-means seed; verdict:
+    "higher", "lower", or "not told apart" where the interval contains 0; num_sequences.
+    """
+    rng, N = np.random.default_rng(0), len(truth)
+
+    def difference(rows, seed):
+        a, b = (histogram_mauve(*histograms(truth[rows], part[rows], seed, num_redo=1)) for part in (one, other))
+        return float(a - b)
+
+    middle = statistics.fmean(difference(np.arange(N), seed) for seed in range(5))
+    draws = np.array([difference(rng.integers(0, N, N), seed) for seed in range(num_draws)])  # (num_draws,)
+    low, high = (middle + np.quantile(draws - draws.mean(), (0.025, 0.975))).tolist()
+    verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+    return {"difference": middle, "interval": [low, high], "verdict": verdict, "num_sequences": N}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence standard error, where faiss asks for more texts per cluster than MAUVE's rule ever gives."""
+    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2), "w") as kept:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept.fileno(), 2)
+
+
+# -----------------------------------------------------------------------------
+# texts to features
+
+def check_featurizer(name):
+    """Refuse a --featurizer that does not exist or cannot be used, by its config alone. Returns the config."""
+    from transformers import AutoConfig
+    config = None if name == "base" else pretrained(AutoConfig, name)
+    if config and config.is_encoder_decoder:
+        raise UserError(f"--featurizer {name} is an encoder-decoder; give an encoder, a decoder, or base")
+    return config
+
+
+def pretrained(kind, name, **settings):
+    """A config, tokenizer or model of --featurizer: no code from the hub is run."""
+    from checkpoint import DAMAGE, first_line
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **settings)
+    except DAMAGE as error:
+        raise UserError(f"--featurizer {name} could not be loaded ({first_line(error)}); give a model id, a folder, or "
+                        "base, the run's own base model") from None
+
+
+def featurizer(name, model, tokenizer, device, batch_size=32):
+    """Return `features(texts) -> (N, H) float32`, which computes no text twice. base: the mean of the hidden states of
+    `model`, adapters off. Another model id or a folder: its last token's state, of 1024 tokens at most.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from data import bos_ids, plain_encoder
+    from model import hidden_states, micro_batches, pad, positions, without_adapters
+    base, known = name == "base", {}  # known: text to features (H,)
+    if base:
+        encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
+    else:
+        config = check_featurizer(name)
+        config._attn_implementation, config.use_cache = None, False  # a config can name a kernel on the hub: not used
+        model = pretrained(AutoModel, name, config=config, use_safetensors=True).to(device).eval()
+        tokenizer = pretrained(AutoTokenizer, name)
+        limit = min(1024, tokenizer.model_max_length, positions(model))
+
+    def ids_of(text):
+        return bos + encode(text)[0] if base else tokenizer(text, truncation=True, max_length=limit).input_ids
+
+    @torch.no_grad()
+    def features(texts):
+        new = {text: ids_of(text) for text in ("a", *texts) if text and text not in known}  # "a" gives H
+        order = sorted(filter(new.get, new), key=lambda text: len(new[text]))  # a batch has texts of similar length
+        for batch in micro_batches(order, batch_size):
+            ids = pad([new[text] for text in batch], 0, device)  # (B, T)
+            mask = pad([[1] * len(new[text]) for text in batch], 0, device)  # (B, T)
+            with without_adapters(model):
+                hidden = (hidden_states(model, ids) if base else
+                          model(input_ids=ids, attention_mask=mask).last_hidden_state)  # (B, T, H)
+            for text, n, h in zip(batch, mask.sum(1).tolist(), hidden.float()):
+                known[text] = (h[:n].mean(0) if base else h[n - 1]).cpu().numpy().copy()  # (H,)
+        return np.stack([known.get(text, np.zeros_like(known["a"])) for text in texts])  # (N, H)
+
+    return features
+
+
+# -----------------------------------------------------------------------------
+# what texts look like, what gives them away, whether chances hold
 
 def ngrams(ids, n):
     return zip(*(ids[i:] for i in range(n)))
@@ -23,23 +178,20 @@ def distinct(sequences, n):
 
 
 def repetition(sequences, n=4):
-    """Share of n-grams that stood before in the same sequence, over all sequences; None where there is none."""
-    total, seen = 0, 0
-    for ids in sequences:
-        grams = list(ngrams(ids, n))
-        total, seen = total + len(grams), seen + len(grams) - len(set(grams))
-    return seen / total if total else None
+    """Share of n-grams that occur earlier in the same sequence, over all sequences; None where there is none."""
+    grams = [list(ngrams(ids, n)) for ids in sequences]
+    total = sum(map(len, grams))
+    return (total - sum(len(set(each)) for each in grams)) / total if total else None
 
 
 def self_bleu(texts, num_texts=100):
-    """Mean BLEU-4 of each text against all the others (Zhu et al. 2018), by sacrebleu, of a fixed sample: 0 to 1."""
+    """Mean BLEU-4 of each text against all the others (Zhu et al. 2018), by sacrebleu, on a fixed sample: 0 to 1."""
     from sacrebleu.metrics import BLEU
-    texts = random.Random(0).sample(texts, min(num_texts, len(texts)))
     if len(texts) < 2:
         return None
-    bleu = BLEU(effective_order=True)
-    scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score for i, text in enumerate(texts)]
-    return statistics.fmean(scores) / 100
+    texts, bleu = random.Random(0).sample(texts, min(num_texts, len(texts))), BLEU(effective_order=True)
+    return statistics.fmean(bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
+                            for i, text in enumerate(texts)) / 100
 
 
 def copy_rate(prefixes, completions):
@@ -52,73 +204,47 @@ def copy_rate(prefixes, completions):
 def lengths(sequences):
     """Mean length in tokens and its 10, 50 and 90 % quantiles."""
     sizes = sorted(map(len, sequences))
-    quantiles = {f"p{q}": sizes[min(len(sizes) * q // 100, len(sizes) - 1)] for q in (10, 50, 90)}
-    return {"mean": statistics.fmean(sizes), **quantiles}
+    return {"mean": statistics.fmean(sizes), **{f"p{q}": sizes[len(sizes) * q // 100] for q in (10, 50, 90)}}
 
 
-# -----------------------------------------------------------------------------
-# the shortcut audit
-
-def reliability(chances, came_true, num_bins=10):
-    """Whether chances in [0, 1] hold: rows of (lowest, highest, count, mean chance, share that came true), one a bin
-    that is not empty; and the expected calibration error, the mean distance of the last two over all (None of nothing).
-    """
-    bins = collections.defaultdict(list)
-    for chance, true in zip(chances, came_true):
-        bins[min(int(chance * num_bins), num_bins - 1)].append((chance, bool(true)))
-    rows = [(i / num_bins, (i + 1) / num_bins, len(pairs), *map(statistics.fmean, zip(*pairs)))
-            for i, pairs in sorted(bins.items())]
-    total = sum(count for _, _, count, _, _ in rows)
-    return rows, sum(count * abs(mean - share) for _, _, count, mean, share in rows) / total if rows else None
-
-
-def ends(part):
-    """Features of the first (or last) three ids of a text: which id stands where."""
-    return {f"{place}={i}": 1 for place, i in enumerate(part)}
-
-
-def spelling(ids, text):
-    """Features of how a text is cut into tokens, not of which ones they are."""
-    size = max(len(ids), 1)
-    return {"characters a token": len(text) / size, "distinct": len(set(ids)) / size}
-
-
-def white_space(text):
-    """Features of the white space of a text alone."""
-    size = max(len(text), 1)
-    counts = {repr(c): text.count(c) / size for c in (" ", "\n", "\t", "\r", "  ", "\n\n")}
-    return {**counts, "at its start": text[:1].isspace(), "at its end": text[-1:].isspace()}
-
-
-SHORTCUTS = {
+SHORTCUTS = {  # what a classifier sees of a text, for each aspect
     "length": lambda ids, text: {"tokens": len(ids)},
-    "first 3 tokens": lambda ids, text: ends(ids[:3]),
-    "last 3 tokens": lambda ids, text: ends(ids[-3:]),
-    "tokenisation": spelling,
-    "white space": lambda ids, text: white_space(text),
+    "first 3 tokens": lambda ids, text: {f"{place}={i}": 1 for place, i in enumerate(ids[:3])},
+    "last 3 tokens": lambda ids, text: {f"{place}={i}": 1 for place, i in enumerate(ids[-3:])},
+    "tokenisation": lambda ids, text: {"characters": len(text) / max(len(ids), 1),
+                                       "distinct": len(set(ids)) / max(len(ids), 1)},
+    "white space": lambda ids, text: {"first": text[:1].isspace(), "last": text[-1:].isspace()} | {
+        space: text.count(space) / max(len(text), 1) for space in (" ", "\n", "\t", "\r", "  ", "\n\n")},
 }
 
 
 def audit(real, generated, num_folds=5):
-    """Accuracy, in [0, 1], of a classifier that sees one side of a text alone; 0.5 is a coin.
+    """What a discriminator could know without reading: accuracy of a small classifier that sees one aspect of a text.
 
     real, generated: lists of (ids, text), as the discriminator reads them, the i-th of both for the same prefix.
-    Logistic regression where the features are ids, a tree of depth 3 where they are sizes; cross-validated, a prefix
-    never in training and test at once. Returns name to (accuracy, its standard error if it were a coin).
+    Logistic regression on ids, a tree of depth 3 on sizes; cross-validated, with both texts of a prefix in one fold.
+    Returns aspect to (accuracy, its standard error at 0.5, where the aspect says nothing).
     """
-    import numpy as np
-    from sklearn.feature_extraction import DictVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.tree import DecisionTreeClassifier
-    labels = np.repeat([1, 0], [len(real), len(generated)])  # (N,)
-    groups = np.concatenate([np.arange(len(real)), np.arange(len(generated))])  # (N,)
-    told = {}
-    for name, features in SHORTCUTS.items():
-        rows = [features(ids, text) for ids, text in [*real, *generated]]
-        model = LogisticRegression(max_iter=1000) if "3 tokens" in name else DecisionTreeClassifier(max_depth=3)
-        guesses = cross_val_predict(make_pipeline(DictVectorizer(sparse="3 tokens" in name), model), rows, labels,
-                                    groups=groups, cv=GroupKFold(num_folds))  # (N,)
-        told[name] = float((guesses == labels).mean()), 0.5 / len(labels) ** 0.5
-    return told
+    from sklearn import feature_extraction, linear_model, model_selection, pipeline, tree
+    labels, groups = np.repeat([1, 0], len(real)), np.tile(np.arange(len(real)), 2)  # (N,) each
+    found = {}
+    for aspect, features in SHORTCUTS.items():
+        rows, of_ids = [features(ids, text) for ids, text in [*real, *generated]], "3 tokens" in aspect
+        model = linear_model.LogisticRegression(max_iter=1000) if of_ids else tree.DecisionTreeClassifier(max_depth=3)
+        model = pipeline.make_pipeline(feature_extraction.DictVectorizer(sparse=of_ids), model)
+        folds = model_selection.GroupKFold(num_folds)
+        guesses = model_selection.cross_val_predict(model, rows, labels, groups=groups, cv=folds)  # (N,)
+        found[aspect] = float((guesses == labels).mean()), 0.5 / len(labels) ** 0.5
+    return found
+
+
+def reliability(chances, outcomes, num_bins=10):
+    """Calibration of chances in [0, 1]: rows (low, high, count, mean chance, share that came true) of the bins that are
+    not empty, and the expected calibration error, the mean distance of the last two (None without chances).
+    """
+    bins = collections.defaultdict(list)
+    for chance, true in zip(chances, outcomes):
+        bins[min(int(chance * num_bins), num_bins - 1)].append((chance, bool(true)))
+    rows = [(i / num_bins, (i + 1) / num_bins, len(pairs), *map(statistics.fmean, zip(*pairs)))
+            for i, pairs in sorted(bins.items())]
+    return rows, sum(row[2] * abs(row[3] - row[4]) for row in rows) / len(chances) if rows else None

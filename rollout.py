@@ -182,8 +182,9 @@ class Writer:
         self.rules = rules(tokenizer, sampler.model)
         if not args.reasoning_tokens and not opens_thinking(args.prompt):
             self.rules = self.rules._replace(close=self.rules.close[:0])  # there is no thinking to close
-        self.max_tokens = (len(self.prompt_ids("")) + args.prefix_tokens + args.reasoning_tokens + len(self.rules.close)
-                           + args.completion_tokens + args.echo_tokens)  # length of the longest sequence
+        # lengths of the longest reply and of the longest sequence
+        self.max_reply = args.reasoning_tokens + len(self.rules.close) + args.completion_tokens + args.echo_tokens
+        self.max_tokens = len(self.prompt_ids("")) + args.prefix_tokens + self.max_reply
 
     def prompt_ids(self, prefix):
         return prompt_ids(self.tokenizer, self.encode, self.args.prompt, prefix)

@@ -21,7 +21,7 @@ $ python train.py --resume out/demo-1                   # continue a stopped run
 """
 from argparse import BooleanOptionalAction as Switch
 
-from flags import Parser, UserError, check, json_lines, read_lines, short, write_whole
+from flags import Parser, Run, UserError, check, json_lines, read_lines, readable, short, write_whole
 
 # a preset only changes defaults; any flag still wins
 DEMO = dict(
@@ -101,9 +101,9 @@ def flags(words=None):
     return parser
 
 
-def parse_flags():
+def parse_flags(words=None):
     """The flags of this run, checked, with defaults that depend on other flags filled in."""
-    parser = flags()
+    parser = flags(words)
     args = parser.parse_args()
     if args.resume:
         args = parser.resumed(args, MAY_CHANGE)
@@ -136,19 +136,21 @@ if __name__ == "__main__":
 
     import datetime
     import pathlib
+    import secrets
     import time
 
     import torch
     from tqdm import tqdm
 
-    from checkpoint import Signals, explain_failures, lock, make_out_dir, restore, save, write_args
-    from data import plain_encoder, prompt_template, windows
+    from checkpoint import Signals, Tracker, explain_failures, lock, make_out_dir, restore, save, write_args
+    from data import plain_encoder, prompt_notes, prompt_template, windows
     from discriminator import make_judge
     from evaluate import evaluate
-    from measures import distinct
+    from measures import check_featurizer, distinct
     from model import DTYPES, TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, sampled_stats
+    from plot import draw
     from sampler import Sampler
 
     # -----------------------------------------------------------------------------
@@ -156,10 +158,12 @@ if __name__ == "__main__":
     B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0
     device = checked_device(args.device)
     explain_failures()
+    check_featurizer(args.featurizer)
     tokenizer = load_tokenizer(args.model)
     args.prompt = prompt_template(args.prompt, tokenizer)
-    stream = windows(args.data, plain_encoder(tokenizer), args.prefix_tokens, C, args.seed, text_field=args.text_field)
-    stream[0]  # a source without a usable text fails here, before the weights are loaded
+    stream = windows(args, plain_encoder(tokenizer))
+    args.data_revision = stream.revision  # a run is resumed on the data that it began with
+    print("\n".join([stream.summary(), *prompt_notes(args.prompt, tokenizer, R)]), flush=True)
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
@@ -184,6 +188,8 @@ if __name__ == "__main__":
         out_dir = make_out_dir(args.out_dir, args.preset)
     files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8") for name in
              ["metrics", "rollouts"] + ["verdicts"] * (args.disc == "reason")}
+    args.track_id = getattr(args, "track_id", None) or secrets.token_hex(4)
+    tracker = Tracker(args, out_dir)
     explain_failures(out_dir)
     if not args.resume:
         save(out_dir, first_step, players, judge, baseline, files.values())
@@ -204,6 +210,8 @@ if __name__ == "__main__":
             if signals.stop:
                 signals.leave("before the first step", out_dir)
         write_whole(out_dir / "floor.jsonl", json_lines(rows))
+        for record in rows[-3:]:
+            print(readable(f"the base writes: ...{record['prefix'][-60:]} | {record['completion'][:120]}"))
 
     # -----------------------------------------------------------------------------
     # the loop; steps below 0 warm up the discriminator alone, on windows behind those of the run
@@ -265,6 +273,7 @@ if __name__ == "__main__":
             for name, lines in dict(metrics=[row | d_metrics], rollouts=records, verdicts=verdicts).items():
                 if name in files:
                     files[name].write(json_lines(lines))
+            tracker.log(step, row | d_metrics, records[:8])
         name = f"step {step}/{args.num_steps}" if step >= 0 else f"warm-up {step + args.d_warmup + 1}/{args.d_warmup}"
         left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
         print(f"{name} | reward {row['reward']:.3f} | p_real {row['p_real']:.2f} | length {row['length_score']:.2f} | "
@@ -288,4 +297,7 @@ if __name__ == "__main__":
         file.close()
     signals.restore()
     if args.seeds:
-        evaluate(out_dir, args.featurizer, args.seeds, generator.model, tokenizer, device)
+        result = evaluate(out_dir, args.featurizer, args.seeds, generator.model, tokenizer, device)
+        tracker.log(args.num_steps, result)
+    tracker.finish()
+    draw([Run(out_dir)], out_dir / "training.png")

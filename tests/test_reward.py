@@ -1,10 +1,13 @@
+"""Rewards, baseline and losses against values worked by hand."""
 import math
 
 import pytest
 import torch
 
-from discriminator import Discriminator, Judged, discriminator_loss
-from reward import REAL, advantages, ema, generator_reward, length_score, policy_loss
+from discriminator import Judged
+from reward import REAL, Baseline, generator_reward, length_score, policy_loss
+
+NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize("n, score", [(0, 0.0), (1, 0.25), (2, 0.5), (4, 1.0), (9, 1.0)])
@@ -12,96 +15,79 @@ def test_length_score_is_n_over_the_budget_and_at_most_one(n, score):
     assert length_score(n, 4) == score
 
 
-def paid(logits=None, p_real=None, d_value=None, length=1.0, kind="prob", d_scale=1.0, azr_t=0.125):
-    """The reward of one completion: of a head's logits, or of a verdict's p_real and d_value."""
-    logps = torch.tensor([logits or [0.0, 0.0]]).log_softmax(-1)
-    p_real, d_value = (torch.tensor([0.0 if x is None else x]) for x in (logps[0, REAL].exp().item() if p_real is None else p_real, d_value))
-    judged = Judged([0], torch.tensor([True]), torch.tensor([True]), p_real, logps[:, 1 - REAL], d_value, None, None)
-    return generator_reward(judged, torch.tensor([length]), kind, d_scale, azr_t).item()
+def reward_of(kind, d_scale=1.0, length=1.0, logits=(0.0, 0.0), **judged):
+    """The reward of one completion, from the head's logits, or from a verdict's p_real and d_value."""
+    logps = torch.tensor([logits]).log_softmax(-1)  # (1, 2)
+    yes, judged = torch.tensor([True]), {name: torch.tensor([x]) for name, x in judged.items()}  # (1,) each
+    fields = dict(shown=[0], read=yes, counts=yes, p_real=logps[:, REAL].exp(), log_generated=logps[:, 1 - REAL],
+                  d_value=None, labels=None, detail=None)
+    return generator_reward(Judged(**fields | judged), torch.tensor([length]), kind, d_scale).item()
 
 
-# p_real of the logits (log 1, log 3) is 3/4
+# logits (0, log 3): p_real is 3/4
 @pytest.mark.parametrize("kind, d_scale, length, wanted", [
-    ("prob", 1.0, 1.0, 0.75),
-    ("prob", 30.0, 0.5, 11.25),
-    ("neglog", 1.0, 1.0, math.log(4)),
-    ("neglog", 2.0, 0.25, 0.5 * math.log(4)),
-    ("prob", 1.0, 0.0, 0.0),
-    ("neglog", 1.0, 0.0, 0.0),
-])
-def test_reward_equals_the_table(kind, d_scale, length, wanted):
-    assert paid([0.0, math.log(3)], length=length, kind=kind, d_scale=d_scale) == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("d_value, wanted", [(0.0, 0.0), (0.125, 0.0), (0.126, 0.874), (0.5, 0.5), (1.0, 0.0)])
-def test_azr_pays_one_minus_d_value_above_the_threshold_and_nothing_up_to_it(d_value, wanted):
-    assert paid(d_value=d_value, kind="azr") == pytest.approx(wanted)
-    assert paid(d_value=d_value, kind="azr", d_scale=30.0, length=0.5) == pytest.approx(15 * wanted)
-
-
-def test_azr_without_a_threshold_pays_nearly_all_for_what_is_never_told():
-    assert paid(d_value=0.01, kind="azr", azr_t=0.0) == pytest.approx(0.99)
-
-
-@pytest.mark.parametrize("said, wanted", [("real", 15.0), ("generated", 0.0)])
-def test_prob_of_a_verdict_in_words_is_one_minus_its_correctness(said, wanted):
-    assert paid(p_real=float(said == "real"), d_value=0.9, d_scale=30.0, length=0.5) == wanted
+    ("prob", 1.0, 1.0, 0.75), ("prob", 30.0, 0.5, 11.25), ("prob", 1.0, 0.0, 0.0),
+    ("neglog", 1.0, 1.0, math.log(4)), ("neglog", 2.0, 0.25, 0.5 * math.log(4)), ("neglog", 1.0, 0.0, 0.0)])
+def test_the_heads_reward_equals_the_table(kind, d_scale, length, wanted):
+    assert reward_of(kind, d_scale, length, (0.0, math.log(3))) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("kind", ["prob", "neglog"])
-def test_reward_rises_with_the_real_class_and_is_never_negative(kind):
-    reward = torch.tensor([paid(logits, kind=kind) for logits in ([40.0, -40.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0])])
-    assert (reward >= 0).all() and (reward.diff() > 0).all()
+def test_reward_rises_with_p_real_is_never_negative_and_stays_finite(kind):
+    rewards = [reward_of(kind, logits=logits) for logits in ((40.0, -40.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0))]
+    assert rewards[0] >= 0 and rewards == sorted(rewards) and len(set(rewards)) == 4
+    assert reward_of(kind, logits=(-200.0, 200.0)) == pytest.approx(1.0 if kind == "prob" else 400.0)
 
 
-def test_neglog_stays_finite_where_the_discriminator_is_sure():
-    assert paid([-200.0, 200.0], kind="neglog") == pytest.approx(400.0)
+@pytest.mark.parametrize("d_value, wanted", [(0.0, 0.0), (0.125, 0.0), (0.126, 0.874), (0.5, 0.5), (1.0, 0.0)])
+def test_azr_pays_one_minus_d_value_above_an_eighth_and_nothing_up_to_it(d_value, wanted):
+    assert reward_of("azr", d_value=d_value) == pytest.approx(wanted)
+    assert reward_of("azr", 30.0, 0.5, d_value=d_value) == pytest.approx(15 * wanted)
 
 
-def test_ema_starts_at_the_first_batch_and_lags_after_it():
-    average = ema(None, 2.0, 0.9)
-    assert average == 2.0
-    average = ema(average, 3.0, 0.9)
-    assert average == pytest.approx(2.1)
-    assert ema(average, 1.0, 0.9) == pytest.approx(1.99)
+def test_prob_pays_for_a_verdict_that_says_real():
+    assert [reward_of("prob", 30.0, 0.5, p_real=p_real, d_value=0.9) for p_real in (1.0, 0.0)] == [15.0, 0.0]
 
 
-def test_advantages_subtract_and_divide():
-    rewards = torch.tensor([1.0, 3.0])
-    assert advantages(rewards, 2.0).tolist() == [-1.0, 1.0]
-    assert advantages(rewards, 2.0, 0.25).tolist() == pytest.approx([-2.0, 2.0])
+# decay 0.5; by batch: rewards, which of them count, then the baseline used, the advantages, and mean and variance after
+TABLE = [([1.0, 3.0], [1, 1], 2.0, [-1.0, 1.0], 2.0, 1.0),   # the first batch starts both
+         ([4.0, 4.0], [1, 1], 2.0, [2.0, 2.0], 3.0, 2.5),    # compared with the mean from before it
+         ([5.0, 99.0], [1, 0], 3.0, [2.0, 0.0], 4.0, 3.25),  # what does not count earns nothing and moves nothing
+         ([7.0, 8.0], [0, 0], 4.0, [0.0, 0.0], 4.0, 3.25),   # nothing counts
+         ([NAN, 4.0], [1, 1], 4.0, [NAN, 0.0], 4.0, 3.25)]   # a reward that is not finite moves nothing
 
 
-def test_equal_rewards_give_no_advantage_and_no_division_by_zero():
-    assert advantages(torch.tensor([0.7, 0.7]), 0.7, 0.0).tolist() == [0.0, 0.0]
-    variance = ema(0.0, 1e-6, 0.9)  # all rewards equal until now, then a batch that differs by 1e-3: bounded by sqrt(1 / 0.1)
-    assert advantages(torch.tensor([0.701, 0.699]), 0.7, variance).abs().max() < 3.2
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_baseline_equals_the_table_and_its_state_is_all_there_is(normalize):
+    baseline = Baseline(0.5, normalize)
+    for reward, counts, used, wanted, mean, variance in TABLE:
+        loaded = Baseline(0.5, normalize)
+        loaded.load_state_dict(baseline.state_dict())
+        for one in (baseline, loaded):
+            got, size = one.advantages(torch.tensor(reward), torch.tensor(counts) > 0), variance ** 0.5  # (B,)
+            assert got.tolist() == pytest.approx([x / size if normalize else x for x in wanted], nan_ok=True)
+            assert (one.used, one.mean, one.variance) == pytest.approx((used, mean, variance))
+
+
+@pytest.mark.parametrize("reward, counts", [([1.0, 2.0], [0, 0]), ([NAN, 1.0], [1, 1]), ([INF, 1.0], [1, 1])])
+def test_a_first_batch_without_a_finite_mean_leaves_the_baseline_unset(reward, counts):
+    baseline, counts = Baseline(0.9, True), torch.tensor(counts) > 0
+    assert not baseline.advantages(torch.tensor(reward), counts)[~counts].any()
+    assert baseline.mean is None and baseline.variance is None
+    assert baseline.advantages(torch.tensor([1.0, 3.0]), torch.tensor([True, True])).tolist() == pytest.approx([-1, 1])
+
+
+def test_normalised_advantages_are_bounded_where_all_rewards_were_equal_before():
+    baseline, all_count = Baseline(0.9, True), torch.ones(4, dtype=torch.bool)
+    assert not baseline.advantages(torch.full((4,), 0.5), all_count).any()
+    advantages = baseline.advantages(torch.tensor([0.5, 0.5, 0.5, 0.75]), all_count)  # (4,)
+    assert advantages[3].item() == pytest.approx((4 / 0.1) ** 0.5, rel=1e-3)  # sqrt(B / (1 - decay))
 
 
 def test_policy_loss_and_its_gradient_equal_hand_values():
-    logp, kl = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True), torch.tensor([0.1, 0.2, 0.4], requires_grad=True)
+    logp, kl = (torch.tensor(x, requires_grad=True) for x in ([-1.0, -2.0, -0.5], [0.1, 0.2, 0.4]))  # (N,) each
     loss = policy_loss(logp, kl, torch.tensor([1.0, 1.0, -2.0]), 0.5, 10)
     assert loss.item() == pytest.approx((1.0 + 2.0 - 1.0 + 0.5 * 0.7) / 10)
     loss.backward()
-    assert logp.grad.tolist() == pytest.approx([-0.1, -0.1, 0.2])  # a good sequence is made more likely
+    assert logp.grad.tolist() == pytest.approx([-0.1, -0.1, 0.2])  # a good sequence becomes more likely
     assert kl.grad.tolist() == pytest.approx([0.05] * 3)
-
-
-def test_p_real_learns_to_name_the_real_class():
-    torch.manual_seed(0)
-    head, mask = Discriminator(8, "last"), torch.ones(2, 3, dtype=torch.bool)
-    hidden = torch.randn(2, 3, 8)
-    assert head(hidden, mask).softmax(-1)[:, REAL].tolist() == [0.5, 0.5]
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
-    for _ in range(100):
-        discriminator_loss(head(hidden, mask), torch.tensor([REAL, 1 - REAL]), "ce").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    real, generated = head(hidden, mask).softmax(-1)[:, REAL].tolist()
-    assert real > 0.95 and generated < 0.05
-
-
-def test_pairwise_loss_equals_hand_value():
-    logits = torch.tensor([[0.0, 1.0], [0.0, -1.0]])  # scores 1 (real) and -1 (generated)
-    labels = torch.tensor([REAL, 1 - REAL])
-    assert discriminator_loss(logits, labels, "pair").item() == pytest.approx(math.log(1 + math.exp(-2)))

@@ -1,372 +1,148 @@
-"""Fine-tuning on traces: lessons are what the sampler leaves, the loss by hand, order, early stop, resume; and train.py --init."""
+"""Fine-tuning: lessons are what the sampler leaves, the loss by plain forwards, the order, and commands on traces and on truths."""
 import json
-import pathlib
 import shutil
-import signal
-import subprocess
-import sys
+from argparse import Namespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT
-from data import bos_ids, prompt_ids, windows
-from lessons import (NONE, PLAIN, TRACE, TRUTH, Trace, batch_of, held_out_loss, plain_text, read_traces, split,
-                     taught_nats, taught_trace)
-from rollout import COMPLETION, THINKING, rollout, rules
-from test_scripts import TINY, lines, run, same_run
-
-SFT = ("--preset demo --rank 4 --reasoning_tokens 4 --completion_tokens 12 --batch_size 4 --num_steps 6 --eval_every 2 --save_every 2 "
-       "--held_out 0.3").split()
-KEYS = """step loss loss_trace loss_truth loss_plain grad_norm lr held held_trace held_truth held_plain num_tokens skipped seconds
-    tokens_per_second memory_gb""".split()
-
-
-@pytest.fixture(scope="module")
-def traces(encode, tmp_path_factory):
-    """A file as traces.py writes it: windows of the demo's corpus, with words of the truth for a trace."""
-    file, stream = tmp_path_factory.mktemp("data") / "traces.jsonl", windows("demo", encode, 16, 12, 3)
-    rows = [dict(window._asdict(), think=" ".join(sorted(window.truth.split())[:1 + i % 3]), source="rollout", lift=0.1)
-            for i, window in enumerate(stream[i] for i in range(30))]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+import checkpoint
+import reward
+from conftest import lines, run_script, same_run
+from data import Window, bos_ids, prompt_template
+from flags import Run
+from model import load_players
+from rollout import COMPLETION, THINKING, Writer, rollout
+from sampler import Sampler
+from tools import sft
+from tools.sft import NONE, PLAIN, TRACE, TRUTH
 
 
-def sft(traces, out, *words, fault=None):
-    words = [*SFT, "--data", traces, *words, "--out_dir", out]
-    return run(f"sft.py:{fault}", *words, script="tests/faulty.py") if fault else run(*words, script="sft.py")
+def a_writer(tiny, reasoning_tokens, completion_tokens):
+    """A Writer that does not sample and reads lists of ids where it reads texts."""
+    writer = Writer(Namespace(model=tiny[0]), tiny[1], Namespace(
+        prompt=prompt_template("writeup", tiny[1]), prefix_tokens=9, echo_tokens=0, reasoning_tokens=reasoning_tokens, completion_tokens=completion_tokens))
+    writer.prompt_ids, writer.encode = lambda ids: ids, lambda ids: (ids, [(k, k + 1) for k in range(len(ids))])
+    return writer
 
 
-@pytest.fixture(scope="module")
-def tuned(traces, tmp_path_factory):
-    """A whole run with tiny settings, and what it printed."""
-    out = tmp_path_factory.mktemp("runs") / "sft"
-    told = sft(traces, out)
-    assert told.returncode == 0, told.stderr
-    return out, told.stdout
-
-
-def adapter(folder, name="generator"):
-    return load_file(folder / "ckpt" / name / "adapter_model.safetensors")
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-# -----------------------------------------------------------------------------
-# lessons
-
-def test_a_lesson_is_what_the_sampler_leaves_and_teaches_what_it_drew(tiny):
-    model, tokenizer = tiny
-    rule = rules(tokenizer, model)
+def test_a_lesson_is_what_the_sampler_leaves_and_trains_what_it_drew(tiny):
+    (model, tokenizer), writer, found = tiny, a_writer(tiny, 6, 20), set()
     with torch.no_grad():  # some rows close their thinking, some end by themselves
-        model.get_base_model().lm_head.weight[[rule.think_end, tokenizer.eos_token_id]] *= 4
-    prompts = [[5 + i, 6, 7][:1 + i % 3] for i in range(32)]
-    roll = rollout(model, prompts, rule, 6, 20, 1.0, torch.Generator().manual_seed(0))
-    found = set()
-    for i, prompt in enumerate(prompts):
-        ids, part = taught_trace(prompt, roll.think[i], bool(roll.think_closed[i]), roll.reply[i], rule, tokenizer.eos_token_id, 6, 20)
-        n, closed = len(ids), bool(roll.think_closed[i])
-        ended = roll.ids[i, n - 1].item() == tokenizer.eos_token_id
-        if len(roll.reply[i]) in range(4, 20):
-            continue  # a truth of that length may have been cut: it teaches no end, see below
+        model.get_base_model().lm_head.weight[[writer.rules.think_end, tokenizer.eos_token_id]] *= 4
+    prompts, sampler = [[5 + i, 6, 7][:1 + i % 3] for i in range(64)], Sampler(model, torch.float32)
+    sampler.sync("generator")
+    roll = rollout(sampler, prompts, writer.rules, 6, 20, 1.0, [("lesson", i) for i in range(64)])
+    for i in (i for i in range(64) if len(roll.reply[i]) not in range(4, 20)):  # a truth of that length may have been cut: it trains no stop
+        closed = bool(roll.think_closed[i])
+        ids, part = sft.trace_lesson(writer, dict(prefix=prompts[i], think=roll.think[i], closed=closed, truth=roll.reply[i]))
+        n = len(ids)
         assert ids == roll.ids[i, :n].tolist() and not roll.sampled[i, n:].any()
         assert [p != NONE for p in part] == roll.sampled[i, :n].tolist() and [p == TRACE for p in part] == roll.thinking[i, :n].tolist()
-        found.add((closed, ended))
+        found.add((closed, ids[-1] == tokenizer.eos_token_id))
     assert found == {(True, True), (True, False), (False, True), (False, False)}
 
 
-def test_only_a_truth_much_shorter_than_a_window_teaches_to_stop(tiny):
-    rule = rules(tiny[1], tiny[0])
-    for n, ends in ((40, False), (25, False), (24, False), (23, True), (1, True)):
-        ids, part = taught_trace([1], [], None, [7] * n, rule, 9, 4, 40)
-        assert (ids[-1] == 9) == ends and part[-1] == TRUTH
-    assert taught_trace([1], [8] * 9, True, [7] * 50, rule, 9, 4, 40).ids == [1] + [8] * 4 + rule.close.tolist() + [7] * 40
+def test_long_texts_are_cut_and_what_was_cut_does_not_train_the_end(tiny):
+    writer, stop = a_writer(tiny, 4, 40), tiny[1].eos_token_id
+    for n, ends in ((50, False), (40, False), (24, False), (23, True), (1, True)):
+        ids, part = sft.trace_lesson(writer, dict(prefix=[1], think=[8] * 9, closed=True, truth=[7] * n))
+        assert ids == [1] + [8] * 4 + writer.rules.close.tolist() + [7] * min(n, 40) + [stop] * ends
+        assert part == [NONE] + [TRACE] * 4 + [NONE] * 2 + [TRUTH] * (min(n, 40) + ends)
+    for closed, trained in ((None, TRACE), (True, TRACE), (False, NONE)):
+        assert sft.trace_lesson(writer, dict(prefix=[1], think=[8], closed=closed, truth=[7]))[1][:4] == [NONE, TRACE, trained, NONE]
 
 
-def test_the_loss_is_that_of_the_taught_tokens_alone(tiny, encode):
-    model, tokenizer = tiny
-    rule, text = rules(tokenizer, model), Trace("a prefix of words", " ", "and what follows it", "some words")
-    think, truth = encode(text.think)[0], encode(text.truth)[0]
-    prompt = prompt_ids(tokenizer, encode, text.prefix)
-    traced = taught_trace(prompt, think, None, truth, rule, None, 20, 20)
-    cut = taught_trace(prompt, think, None, truth, rule, None, len(think), 20)  # the budget is used up: </think> is forced
-    assert taught_trace(prompt, think, True, truth, rule, None, 20, 20) == traced
-    assert taught_trace(prompt, think, False, truth, rule, None, 20, 20) == cut  # it was cut, though its tokens are fewer now
-    plain = plain_text(encode, bos_ids(tokenizer), text, 20)
-    assert plain.ids == encode("a prefix of words and what follows it")[0] and plain.part == [NONE] + [PLAIN] * (len(plain.ids) - 1)
-    assert traced.ids == cut.ids == prompt + think + rule.close.tolist() + truth
-    assert traced.part == [NONE] * len(prompt) + [TRACE] * (len(think) + 1) + [NONE] + [TRUTH] * len(truth)
-    assert cut.part == [NONE] * len(prompt) + [TRACE] * len(think) + [NONE] * 2 + [TRUTH] * len(truth)
-    wanted, counts, V = torch.zeros(4), torch.zeros(4), rule.blocked.shape[1]
-    for ids, part in (traced, cut, plain):
-        logits = model(torch.tensor([ids])).logits[0, :, :V]
-        for t, kind in enumerate(part):
-            if kind:
-                allowed = logits[t - 1].masked_fill(rule.blocked[THINKING if kind == TRACE else COMPLETION], -torch.inf)
-                wanted[kind] -= torch.log_softmax(allowed, -1)[ids[t]]
-                counts[kind] += 1
-    nats, number = taught_nats(model, [traced, cut, plain], rule)
-    assert torch.allclose(nats, wanted, rtol=1e-5) and number.tolist() == counts.tolist() and nats[NONE] == 0
-    nats.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+def test_the_loss_is_that_of_the_trained_tokens_alone(tiny):
+    model, writer, wanted, bos = tiny[0], a_writer(tiny, 20, 3), [], bos_ids(tiny[1])
+    model.set_adapter("generator")
+    close, trace = writer.rules.close.tolist(), dict(prefix=[11, 12], sep=[13], truth=[14, 15, 16, 17], think=[18, 19])
+    lessons = [sft.trace_lesson(writer, trace), sft.plain_lesson(writer, trace), sft.truth_lesson(writer, Window([11, 12], [13], [14, 15, 16, 17]), [9, 8])]
+    assert lessons == [([11, 12, 18, 19, *close, 14, 15, 16], [NONE] * 2 + [TRACE] * 3 + [NONE] + [TRUTH] * 3),
+                       ([*bos, 11, 12, 13, 14, 15, 16], [NONE] + [PLAIN] * (len(bos) + 5)),
+                       ([11, 12, 9, 8, *close, 14, 15, 16], [NONE] * 6 + [TRUTH] * 3)]
+    for ids, part in lessons:
+        logits = model(torch.tensor([ids])).logits[0, :, :writer.rules.blocked.shape[1]]
+        for t, kind in ((t, kind) for t, kind in enumerate(part) if kind):
+            bad = writer.rules.blocked[THINKING if kind == TRACE else COMPLETION]
+            wanted.append((logits[t - 1].masked_fill(bad, -torch.inf).log_softmax(-1)[ids[t]].item(), kind))
+    for size in (1, 3):
+        logp, part = (torch.cat(x) for x in zip(*((stats.logp, part) for stats, part in sft.passes(model, lessons, writer.rules, size))))
+        assert part.tolist() == [kind for _, kind in wanted] and torch.allclose(logp, torch.tensor([x for x, _ in wanted]), atol=1e-4)
+    ((stats, _),) = sft.passes(model, lessons[:1] * 2, writer.rules, 2, with_kl=True)  # equal rows, which share all that they can
+    assert (stats.kl > 0).all() and torch.allclose(*stats.logp.chunk(2), atol=1e-5)
 
 
-def test_the_held_out_loss_is_weighted_as_training_weighs():
-    found = held_out_loss(torch.tensor([0.0, 6.0, 20.0, 30.0]), torch.tensor([0, 2, 10, 15]), 0.25)
-    assert found == pytest.approx({"held": (0.75 * 26 + 0.25 * 30) / (0.75 * 12 + 0.25 * 15), "trace": 3, "truth": 2, "plain": 2})
-    assert held_out_loss(torch.tensor([0.0, 0.0, 20.0, 30.0]), torch.tensor([0, 0, 10, 15]), 0.0) == {"held": 2, "truth": 2, "plain": 2}
+def test_losses_are_weighted_as_the_lessons_are_mixed():
+    pairs = [(-torch.tensor([2.0, 4.0]), torch.tensor([TRACE, TRUTH])), (-torch.tensor([1.0, 3.0, 5.0]), torch.tensor([TRUTH, PLAIN, PLAIN]))]
+    assert sft.losses("loss", pairs) == pytest.approx(dict(loss=3.0, loss_trace=2.0, loss_truth=2.5, loss_plain=4.0))
+    assert sft.losses("held", pairs, 0.25)["held"] == pytest.approx((0.75 * 7 + 0.25 * 8) / (0.75 * 3 + 0.25 * 2))
 
 
-@pytest.mark.parametrize("mix, size", [(0.0, 4), (0.25, 4), (0.29, 10), (0.5, 3), (0.9, 7)])
-def test_the_mix_is_exact_and_either_kind_goes_through_all_traces(mix, size):
-    steps = [batch_of(step, size, mix, 6, seed=1) for step in range(100)]
-    assert steps == [batch_of(step, size, mix, 6, seed=1) for step in range(100)] and batch_of(70, size, mix, 6, 1) == steps[70]
-    assert steps != [batch_of(step, size, mix, 6, seed=2) for step in range(100)]
-    flat = [one for step in steps for one in step]
-    for p in range(1, len(flat) + 1):
-        assert abs(sum(plain for plain, _ in flat[:p]) - mix * p) < 1
-    assert sum(plain for plain, _ in flat) == round(mix * 100 * size)
-    for kind in (False, True):
-        numbers = [number for plain, number in flat if plain == kind]
-        assert all(sorted(numbers[k:k + 6]) == list(range(6)) for k in range(0, len(numbers) - 5, 6))
+def test_the_mix_is_exact_all_traces_take_turns_and_some_prefixes_are_held_out():
+    for mix in (0.0, 0.29, 0.9):
+        order = sft.schedule(1000, mix, 6, seed=1)
+        assert order == sft.schedule(1000, mix, 6, seed=1) != sft.schedule(1000, mix, 6, seed=2)
+        assert all(abs(sum(plain for plain, _ in order[:p]) - mix * p) < 1 for p in range(1, 1001))
+        for numbers in ([number for plain, number in order if plain == kind] for kind in (False, True)):
+            assert all(sorted(numbers[k:k + 6]) == list(range(6)) for k in range(0, len(numbers) - 5, 6))
+    rows = [dict(prefix=f"prefix {i % 40}") for i in range(80)]
+    rest, held_out = sft.split(rows, 0.3)
+    assert 0 < len(held_out) < len(rest) == 80 - len(held_out) and not any(row in rest for row in held_out)
+    assert sft.split(rows[::-1], 0.3)[1] == held_out and held_out[:len(sft.split(rows, 0.2)[1])] == sft.split(rows, 0.2)[1]
 
 
-def test_the_held_out_traces_are_those_of_some_prefixes_whatever_else_is_there(traces):
-    rows = read_traces([traces])
-    rows += [row._replace(think="another") for row in rows]
-    train, held_out = split(rows, 0.3)
-    assert sorted(train + held_out) == sorted(rows) and 0 < len(held_out) < len(train)
-    assert not {row.prefix for row in train} & {row.prefix for row in held_out}
-    assert split(rows[::-1], 0.3)[1] == held_out  # order is nothing to it
-    assert set(split(rows[:20], 0.3)[1]) == set(held_out) & set(rows[:20]) and set(split(rows, 0.2)[1]) < set(held_out)
-    assert split(rows, 0.0) == (rows, [])
+@pytest.fixture
+def traces(finished, tmp_path):
+    rows = [dict(prefix=f"prefix {i}", sep=" ", think=f"thought {i}", closed=True, truth=f"continues with {i} " * 6, run=str(finished[0])) for i in range(30)]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "traces.jsonl"
 
 
-# -----------------------------------------------------------------------------
-# sft.py
-
-def test_a_run_leaves_what_is_promised(tuned, traces):
-    out, told = tuned
-    assert {path.name for path in out.iterdir()} == {"args.json", "metrics.jsonl", "result.json", "ckpt"}
-    rows, result = lines(out / "metrics.jsonl"), json.loads((out / "result.json").read_text())
-    assert [list(row) for row in rows] == [KEYS] * 6 and [row["step"] for row in rows] == list(range(6))
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * (6 - step) / 6 for step in range(6)])
-    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows) and [row["held"] is not None for row in rows] == [False, True] * 3
-    train, held_out = split(read_traces([traces]), 0.3)
-    assert (result["num_train"], result["num_held_out"], result["num_steps"]) == (len(train), len(held_out), 6)
-    best = min(rows[1::2], key=lambda row: row["held"])
-    assert result["best"]["held"] == best["held"] < result["start"]["held"] and result["best_step"] == best["step"] + 1
-    assert "generator" in told and f"--init {out}" in told and "step 5/6" in told
+def test_traces_leave_the_adapter_that_was_best_on_held_out_prefixes(finished, traces, tmp_path, monkeypatch):
+    words, loss = ["--data", traces, *"--g_lr 0.003 --batch_size 4 --num_steps 6 --held_out 0.3 --eval_every 2 --out_dir".split()], reward.policy_loss
+    assert run_script("tools/sft.py", *words, tmp_path / "sft").status == 0
+    rows, args, base = lines(tmp_path / "sft" / "metrics.jsonl"), Run(tmp_path / "sft").args, Run(finished[0]).args
+    assert [row["step"] for row in rows] == list(range(6)) and ["held" in row for row in rows] == [True, False] * 3
+    assert [row["g_lr"] for row in rows] == pytest.approx([0.003 * (6 - step) / 6 for step in range(6)]) and rows[4]["held"] < rows[0]["held"]
+    assert (args.model, args.prompt, args.data, args.rank, args.beta1, args.kl_coef) == (base.model, base.prompt, "demo", 4, 0.9, 0)
+    generator, _ = checkpoint.load_run(Run(tmp_path / "sft"), torch.device("cpu"))  # as evaluate.py, export and sample.py do
+    assert generator.adapter == "generator"
+    monkeypatch.setattr(reward, "policy_loss", lambda *args: -loss(*args))  # uphill nothing is better than the start
+    assert "from after 0 steps" in run_script("tools/sft.py", *words, tmp_path / "worse").out
+    weights = load_file(tmp_path / "worse" / "ckpt" / "generator" / "adapter_model.safetensors")
+    assert not any(x.any() for key, x in weights.items() if "lora_B" in key)
 
 
-def test_the_first_losses_are_the_bases(tuned, demo, encode, traces):
-    """Before the first update the adapter changes nothing: loss and held-out loss are those of the base model."""
-    model, tokenizer = demo
-    rule, (train, held_out) = rules(tokenizer, model), split(read_traces([traces]), 0.3)
-
-    def nats(chosen):
-        made = [plain_text(encode, [], trace, 12) if plain else
-                taught_trace(prompt_ids(tokenizer, encode, trace.prefix), encode(trace.think)[0], trace.closed, encode(trace.truth)[0], rule, None, 4, 12)
-                for plain, trace in chosen]
-        return taught_nats(model, made, rule)
-
-    with torch.no_grad():
-        sums, counts = nats([(plain, train[number]) for plain, number in batch_of(0, 4, 0.25, len(train), 0)])
-        start = held_out_loss(*nats([(plain, trace) for plain in (False, True) for trace in held_out]), 0.25)
-    row, result = lines(tuned[0] / "metrics.jsonl")[0], json.loads((tuned[0] / "result.json").read_text())
-    assert row["loss"] == pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-5) and row["num_tokens"] == counts.sum()
-    assert row["loss_plain"] == pytest.approx((sums[PLAIN] / counts[PLAIN]).item(), rel=1e-5)
-    assert result["start"] == pytest.approx(start, rel=1e-5)
-
-
-def test_micro_batches_give_the_same_gradient(tuned, traces, tmp_path):
-    told = sft(traces, tmp_path / "run", "--micro_batch", 1, "--num_steps", 1)
-    assert told.returncode == 0, told.stderr
-    whole, split_up = (lines(folder / "metrics.jsonl")[0] for folder in (tuned[0], tmp_path / "run"))
-    for key in ("loss", "loss_trace", "loss_truth", "loss_plain", "grad_norm"):
-        assert split_up[key] == pytest.approx(whole[key], rel=1e-4), key
+def test_truths_sample_as_the_run_did_learn_the_truths_and_resume(finished, tmp_path, monkeypatch):
+    base, words, save, out = Run(finished[0]), ["--truths", finished[0], "--save_every", 1, "--out_dir"], checkpoint.save, tmp_path / "whole"
+    assert run_script("tools/sft.py", *words, out).status == 0
+    tuned, written = Run(out), ("think", "completion", "think_closed", "n_think", "n_completion", "length_score", "reward", "p_real")
+    assert {key for key, value in vars(base.args).items() if vars(tuned.args)[key] != value} == {"out_dir", "save_every"}
+    assert tuned.floor == base.floor and [{**row, **dict.fromkeys(written)} for row in tuned.rollouts] == [{**row, **dict.fromkeys(written)} for row in base.rollouts]
+    assert [row["completion"] for row in tuned.rollouts[:4]] == [row["completion"] for row in base.rollouts[:4]]  # the base wrote both
+    assert tuned.rollouts[4:] != base.rollouts[4:] and tuned.metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and tuned.metrics[2]["kl"] > 1e-6
+    player, _ = load_players(base.args, torch.device("cpu"))  # the first loss is the base's, on the truths after that thinking
+    writer, windows = Writer(Sampler(player.model, torch.float32), player.tokenizer, base.args), [Window(r["prefix"], r["sep"], r["truth"]) for r in base.rollouts]
+    thinks = writer.write(windows[:4], None, "rollout", 0).roll.think
+    stats = [stats for stats, _ in sft.passes(player.model, [sft.truth_lesson(writer, *pair) for pair in zip(windows, thinks)], writer.rules, 4)]
+    assert tuned.metrics[0]["loss"] == pytest.approx(-stats[0].logp.mean().item(), rel=1e-4)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(checkpoint, "save", lambda out_dir, step, *rest: save(out_dir, step, *rest) if step < 2 else 1 / 0)
+        run_script("tools/sft.py", *words, tmp_path / "cut")
+    assert run_script("tools/sft.py", "--resume", tmp_path / "cut").status == 0
+    same_run(out, tmp_path / "cut")
 
 
-def test_it_stops_early_and_leaves_the_best_adapter(traces, tmp_path):
-    told = sft(traces, tmp_path / "run", "--lr", 1, "--num_steps", 40, "--patience", 2, "--adapters", "shared")
-    assert told.returncode == 0 and "no evaluation was better than the start" in told.stderr, told.stderr
-    rows, result = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "result.json").read_text())
-    assert len(rows) == 4 and all(row["held"] > result["start"]["held"] for row in rows[1::2])
-    assert result["best_step"] == 0 and result["best"] == result["start"]
-    assert all(not tensor.any() for key, tensor in adapter(tmp_path / "run", "shared").items() if "lora_B" in key)
-
-
-@pytest.mark.parametrize("flags", ["--quant nf4 --mix 0 --adapters shared", "--dtype bf16 --reasoning_tokens 0 --mix 0.9 --micro_batch 2 --epochs 0.1"])
-def test_every_way_to_tune_tunes(flags, traces, tmp_path):
-    words = [word for word in SFT if "epochs" not in flags or word not in ("--num_steps", "6")]
-    told = run(*words, *flags.split(), "--data", traces, traces, "--out_dir", tmp_path / "run", script="sft.py")
-    assert told.returncode == 0, told.stderr
-    rows, result = lines(tmp_path / "run" / "metrics.jsonl"), json.loads((tmp_path / "run" / "result.json").read_text())
-    assert all(row["grad_norm"] > 0 for row in rows) and (rows[0]["loss_plain"] is None) == ("--mix 0 " in flags) and rows[-1]["held_plain"] > 0
-    if "epochs" in flags:  # two files of the same traces; every tenth lesson is a trace
-        assert len(rows) == -(-result["num_train"] // 4) and rows[-1]["held_trace"] is None
-    assert len(rows) == result["num_steps"]
-
-
-@pytest.mark.parametrize("fault", ["kill_before:2", "kill_between:3", "oom:lessons:7"])
-def test_a_run_that_ends_by_a_fault_goes_on_to_the_same_end(fault, tuned, traces, tmp_path):
-    told = sft(traces, tmp_path / "run", fault=fault)
-    assert told.returncode == (1 if "oom" in fault else -9) and "Traceback" not in told.stderr
-    if "oom" in fault:
-        assert told.stderr.count("\n") == 1 and f"python sft.py --resume {tmp_path / 'run'}" in told.stderr and "--prefix_tokens" not in told.stderr
-    again = run("--resume", tmp_path / "run", script="sft.py")
-    assert again.returncode == 0, again.stderr
-    same_run(tuned[0], tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == json.loads((tuned[0] / "result.json").read_text())
-
-
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end_and_a_finished_one_stays(tuned, traces, tmp_path):
-    out = tmp_path / "run"
-    words = [sys.executable, ROOT / "sft.py", *SFT, "--data", traces, "--out_dir", out]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 0/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 143 and f"sft.py --resume {out}" in rest and not (out / "result.json").exists()
-    for _ in range(2):
-        again = run("--resume", out, script="sft.py")
-        assert again.returncode == 0, again.stderr
-        same_run(tuned[0], out)
-
-
-def test_a_nan_is_skipped_and_too_many_end_the_run(traces, tmp_path):
-    told = sft(traces, tmp_path / "run", "--held_out", 0, "--max_bad_steps", 3, fault="nan:1-1")
-    assert told.returncode == 0, told.stderr
-    rows = lines(tmp_path / "run" / "metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 1, 0, 0, 0, 0] and rows[1]["loss"] is None and rows[1]["grad_norm"] is None
-    told = sft(traces, tmp_path / "other", "--held_out", 0, "--max_bad_steps", 3, fault="nan:2-4")
-    assert told.returncode == 1 and told.stderr.count("\n") == 1 and "--max_bad_steps" in told.stderr
-
-
-def wrong_files(folder):
-    good = json.dumps(dict(prefix="a", sep=" ", truth="b", think="c")) + "\n"
-    yield good + "hello\n", ":2 is not JSON"
-    yield good + "[1, 2]\n", ":2 has no text in prefix, sep, truth, think"
-    yield good + good.replace("truth", "text"), ":2 has no text in truth"
-    yield good.replace('"c"', "3"), ":1 has no text in think"
-    yield good.replace('"b"', '" "'), ":1 has no text in truth"
-    yield "\n\n", "there is no trace in it"
-    yield "", "there is no trace in it"
-
-
-@pytest.mark.parametrize("number", range(7))
-def test_a_file_that_holds_no_traces_is_one_line(number, tmp_path, capsys):
-    content, wanted = list(wrong_files(tmp_path))[number]
-    (tmp_path / "traces.jsonl").write_text(content)
-    with pytest.raises(SystemExit) as end:
-        read_traces([tmp_path / "traces.jsonl"])
-    told = capsys.readouterr().err
-    assert end.value.code == 2 and told.count("\n") == 1 and f"--data {tmp_path / 'traces.jsonl'}" in told and wanted in told
-
-
-@pytest.mark.parametrize("flags, wanted", [
-    ("", "--data is missing"), ("--data no/such.jsonl", "--data no/such.jsonl"), ("--data README.md", "README.md:1 is not JSON"),
-    ("--data TRACES --mix 1", "--mix"), ("--data TRACES --held_out -0.1", "--held_out"), ("--data TRACES --lr 1000", "--lr"),
-    ("--data TRACES --held_out 0.0001", "--held_out"), ("--data TRACES --completion_tokens 48", "--completion_tokens"),
-    ("--data TRACES --epochs 0", "--epochs"), ("--data TRACES --rate 1", "unknown flag --rate"), ("--data TRACES --init no/such", "--init no/such"),
-])
-def test_a_mistake_is_one_line_and_leaves_no_folder(flags, wanted, traces, tmp_path):
-    told = run("--preset", "demo", *flags.replace("TRACES", str(traces)).split(), "--out_dir", tmp_path / "run", script="sft.py", cwd=ROOT)
-    assert told.returncode == 2 and told.stderr.count("\n") == 1 and wanted in told.stderr and told.stdout == "", told.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_refuses_other_traces_and_other_flags(tuned, traces, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(tuned[0], out)
-    args = json.loads((out / "args.json").read_text())
-    fewer = tmp_path / "fewer.jsonl"
-    fewer.write_text("".join(traces.read_text().splitlines(True)[1:]))
-    (out / "args.json").write_text(json.dumps({"args": args["args"] | {"data": [str(fewer)]}}))
-    before = (out / "metrics.jsonl").read_bytes()
-    for words, wanted in (([], "is not what it was"), (["--lr", 1], "--lr")):
-        told = run("--resume", out, *words, script="sft.py")
-        assert told.returncode == 2 and told.stderr.count("\n") == 1 and wanted in told.stderr
-    assert (out / "metrics.jsonl").read_bytes() == before
-
-
-# -----------------------------------------------------------------------------
-# train.py --init
-
-@pytest.fixture(scope="module")
-def second(tuned, tmp_path_factory):
-    """A round of train.py that starts from the fine-tuned adapter, of which a copy is the reference."""
-    out, start = (tmp_path_factory.mktemp("runs") / name for name in ("second", "gone"))
-    shutil.copytree(tuned[0], start)
-    told = run(*TINY, "--save_every", 1, "--init", start, "--out_dir", out)
-    assert told.returncode == 0, told.stderr
-    return out
-
-
-def test_a_second_round_starts_from_the_fine_tuned_adapter_and_is_held_to_it(second, tuned, tmp_path):
-    assert same(adapter(second, "reference"), adapter(tuned[0])) and not same(adapter(second), adapter(tuned[0]))
-    rows = lines(second / "metrics.jsonl")
-    assert rows[0]["kl"] == 0 and rows[1]["kl"] > 0 and all(row["logp_gap"] < 1e-4 for row in rows)
-    assert (second / "floor.jsonl").exists()
-
-    based = tmp_path / "based"  # of the base as a reference the start is some way off; a generator that does not learn stays
-    told = run(*TINY, "--init", tuned[0], "--init_ref", "base", "--g_lr", 0, "--out_dir", based)
-    assert told.returncode == 0, told.stderr
-    row = lines(based / "metrics.jsonl")[0]
-    assert row["kl"] > 1e-6 and row["coherence"] is not None
-    assert same(adapter(based), adapter(tuned[0])) and not (based / "ckpt" / "reference").exists()
-    assert (based / "floor.jsonl").read_bytes() == (second / "floor.jsonl").read_bytes()  # the floor is the bare base's
-    assert (based / "rollouts.jsonl").read_text().splitlines()[0] == (second / "rollouts.jsonl").read_text().splitlines()[0]
-
-
-def test_a_second_round_goes_on_without_the_folder_it_started_from(second, tuned, tmp_path):
-    out, start = tmp_path / "run", pathlib.Path(json.loads((second / "args.json").read_text())["args"]["init"])
-    told = run("kill_before:3", *TINY, "--save_every", 1, "--init", start, "--out_dir", out, script="tests/faulty.py")
-    assert told.returncode == -9
-    shutil.rmtree(start)
-    again = run("--resume", out)
-    assert again.returncode == 0, again.stderr
-    same_run(second, out)
-    assert same(adapter(out, "reference"), adapter(tuned[0]))
-
-
-def test_micro_batches_of_one_give_the_same_round(tuned, tmp_path):
-    """The reference is an adapter that is switched to between two micro-batches: no gradient may be lost by that."""
-    found = []
-    for size in (0, 1):
-        file = tmp_path / f"{size}.pt"
-        words = [*TINY, "--d_warmup", 0, "--floor_sequences", 0, "--micro_batch", size, "--init", tuned[0], "--out_dir", tmp_path / f"run{size}"]
-        told = run(f"gradients:{file}", *words, script="tests/faulty.py")
-        assert told.returncode == 0, told.stderr
-        found.append(torch.load(file, weights_only=True))
-    for a, b in zip(*found):
-        assert a.norm() > 0 and (a - b).norm() / a.norm() < 1e-5
-
-
-def test_a_shared_run_can_start_from_a_run_of_train_and_so_can_sft(second, traces, tmp_path):
-    told = run(*TINY, "--adapters", "shared", "--floor_sequences", 0, "--d_warmup", 0, "--init", second, "--out_dir", tmp_path / "third")
-    assert told.returncode == 0, told.stderr
-    rows = lines(tmp_path / "third" / "metrics.jsonl")
-    assert rows[0]["kl"] == 0 and rows[-1]["kl_after_d"] > 0 and same(adapter(tmp_path / "third", "reference"), adapter(second))
-    told = sft(traces, tmp_path / "sft", "--init", second, "--lr", 0, "--num_steps", 1)
-    assert told.returncode == 0 and same(adapter(tmp_path / "sft"), adapter(second)), told.stderr
-
-
-@pytest.mark.parametrize("flags, wanted", [("--model demo-small", "--model"), ("--rank 8", "--rank"), ("--alpha 2.0", "--alpha")])
-def test_an_init_that_does_not_fit_is_one_line(flags, wanted, tuned, tmp_path):
-    told = run(*TINY, *flags.split(), "--init", tuned[0], "--out_dir", tmp_path / "run")
-    assert told.returncode == 2 and told.stderr.count("\n") == 1 and f"{flags} does not fit --init {tuned[0]}" in told.stderr
-    assert wanted in told.stderr and not (tmp_path / "run").exists()
-
-
-def test_a_torn_adapter_is_one_line_and_leaves_no_folder(tuned, tmp_path):
-    shutil.copytree(tuned[0], tmp_path / "sft")
-    file = tmp_path / "sft" / "ckpt" / "generator" / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    told = run(*TINY, "--init", tmp_path / "sft", "--out_dir", tmp_path / "run")
-    assert told.returncode == 2 and told.stderr.count("\n") == 1 and "--init" in told.stderr and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("tool, words, wanted", [
+    ("sft", "", "--data"), ("sft", "--data no/such.jsonl", "no/such.jsonl"), ("sft", "--data TRACES --truths RUN", "--truths"), ("sft", "--data TRACES --mix 1", "--mix"),
+    ("sft", "--data TRACES --rate 1", "--rate"), ("sft", "--data TRACES --held_out 0.0001", "--held_out"), ("sft", "--truths RUN --num_steps 9", "finish"),
+    ("sft", "--data TRACES --run no/such", "no/such"), ("traces", "RUN --out TRACES", "--out"), ("traces", "RUN --out NEW --min_lift nan", "--min_lift"),
+    ("traces", "RUN --out NEW --batch_size 0", "--batch_size"), ("traces", "RUN --out no/x.jsonl", "--out"), ("traces", "RUN --out NEW --polcy base", "--policy?"),
+    ("traces", "RUN no/such --out NEW", "no/such"), ("traces", "RUN DAMAGED --out NEW", "rollouts.jsonl"), ("traces", "RUN --out NEW --reasoning_tokens 9999", "positions")])
+def test_a_mistake_is_one_line_and_leaves_nothing(tool, words, wanted, finished, traces, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "damaged").joinpath("rollouts.jsonl").write_text('{"prefix": 1}\n')
+    paths = dict(RUN=finished[0], TRACES=traces, DAMAGED=tmp_path / "damaged", NEW=tmp_path / "new.jsonl")
+    ended = run_script(f"tools/{tool}.py", *(paths.get(word, word) for word in words.split()), *["--out_dir", tmp_path / "new"] * (tool == "sft"))
+    assert ended.status == 2 and wanted in ended.err and ended.err.count("error:") == 1 and not [*tmp_path.glob("new*")], ended.err

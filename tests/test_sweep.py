@@ -1,335 +1,200 @@
-"""The design and its arithmetic against textbook numbers; sweeps of a small stand-in for train.py, killed and crashed."""
+"""Designs, effects and steepest ascent against textbook numbers; sweeps of a small stand-in for train.py."""
 import csv
-import fcntl
 import json
 import math
+import os
+import re
 import signal
-import subprocess
 import sys
+import threading
 import time
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-import design
 import sweep
-from conftest import ROOT
 
-WRITEUP = """g_lr,d_lr,d_scale,mauve
-2e-5,1e-4,10.0,0.119
-2e-5,5e-6,0.1,0.073
-5e-6,1e-4,0.1,0.072
-5e-6,5e-6,10.0,0.075
-1e-5,2e-5,1.0,0.09
-"""
+WRITEUP = ("g_lr,d_lr,d_scale,mauve\n2e-5,1e-4,10.0,0.119\n2e-5,5e-6,0.1,0.073\n5e-6,1e-4,0.1,0.072\n"
+           "5e-6,5e-6,10.0,0.075\n1e-5,2e-5,1.0,0.09\n")
 FACTORS = "g_lr=5e-6:1e-5:2e-5 d_lr=5e-6:2e-5:1e-4 d_scale=0.1:1:10".split()
 
-# stands in for train.py: MAUVE rises with d_scale; leaves a mark a start, and does what the file `fault` beside it says
+# MAUVE rises with d_scale up to 1e4; the file `starts` gets a line per start; `fault` names a run that crashes or hangs
 FAKE = """
 import json, math, os, pathlib, sys, time
-words = sys.argv[1:]
-given = dict(zip(words[::2], words[1::2]))
-device = given.pop("--device", None)
-out = pathlib.Path(given.get("--resume") or given["--out_dir"])
-here = pathlib.Path(__file__).parent
-with open(here / "starts", "a") as file:
-    file.write(json.dumps({"id": out.name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), **given}) + "\\n")
-fault = (here / "fault").read_text() if (here / "fault").exists() else ""
-if "--resume" not in given:
-    out.mkdir()  # as train.py does, which takes no folder that holds anything
-    kinds = {"--seed": int}
-    args = {key[2:]: kinds.get(key, float)(value) for key, value in given.items() if key != "--out_dir"}
-    (out / "args.json").write_text(json.dumps({"args": args}))
+here, given = pathlib.Path(__file__).parent, dict(word[2:].split("=") for word in sys.argv[1:])
+out = pathlib.Path(given.get("resume") or given["out_dir"])
+print(json.dumps([out.name, os.environ.get("CUDA_VISIBLE_DEVICES"), *sys.argv[1:]]), file=open(here / "starts", "a"))
+if "resume" not in given:
+    out.mkdir()
+    args = dict(model="m", num_steps=8, d_scale=float(given["d_scale"]), seed=int(given["seed"]))
+    (out / "args.json").write_text(json.dumps({"args": args, "command": sys.argv}))
 args = json.loads((out / "args.json").read_text())["args"]
-if fault == "crash " + out.name:
-    raise ValueError("a bad day")
-if fault == "hang " + out.name:
-    time.sleep(60)
-if fault == "slow " + out.name:
-    time.sleep(1.5)
-mauve = 0.1 + 0.02 * math.log10(args["d_scale"]) + 0.001 * args["seed"] - (0.5 if args["d_scale"] > 1e4 else 0)
-(out / "result.json").write_text(json.dumps({"mauve": mauve, "mauve_sd": 0.01, "floor": 0.05}))
+fault = (here / "fault").read_text() if (here / "fault").exists() else ""
+assert fault != "crash " + out.name, "a bad day"
+time.sleep(60 * (fault == "hang " + out.name))
+mauve = 0.1 + 0.02 * math.log10(args["d_scale"]) + 0.001 * args["seed"] - 0.5 * (args["d_scale"] > 1e4)
+(out / "result.json").write_text(json.dumps({"mauve": mauve, "mauve_sd": 0.01, "floor": 0.05, "num_steps": 8}))
 """
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """The stand-in's folder; sweep.py starts it in place of train.py."""
+    """The folder of a stand-in that sweep.py starts in place of train.py; no pictures."""
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(sweep, "TRAIN", [sys.executable, str(tmp_path / "fake.py")])
+    monkeypatch.setattr(sweep, "TRAIN", [sys.executable, "-S", str(tmp_path / "fake.py")])
+    monkeypatch.setattr(Figure, "savefig", lambda *words, **more: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(sweep, "draw", lambda *words: None)  # the picture has a test of its own
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    [signal.signal(*item) for item in before.items()]
 
 
-def started(folder):
+def starts(folder):
     return [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
 
 
-def rows(out):
-    return {row["id"]: row for row in csv.DictReader((out / "sweep.csv").open())}
+def table(folder):
+    return {row["id"]: row for row in csv.DictReader((folder / "sweep.csv").open())}
 
 
-def background(folder, *words):
-    """sweep.py in a process of its own, with the stand-in."""
-    code = f"import sys, sweep; sweep.TRAIN = [sys.executable, {str(folder / 'fake.py')!r}]; sweep.main(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-u", "-c", code, *map(str, words)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def fails(words, capsys, status=2):
+    """The line that a sweep of these words ends with."""
+    with pytest.raises(SystemExit) as end:
+        sweep.main([str(word) for word in words])
+    err = capsys.readouterr().err
+    assert end.value.code == status and err.count("\n") == 1
+    return err
 
 
-def until(condition):
-    end = time.time() + 15
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.05)
-
-
-# -----------------------------------------------------------------------------
-# the mathematics
-
-def test_the_write_ups_table_leads_to_its_run_05(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_write_ups_table_leads_to_its_run_05(tmp_path, capsys):
     (tmp_path / "table.csv").write_text(WRITEUP)
-    words = [sys.executable, ROOT / "sweep.py", "--results", tmp_path / "table.csv", "--out_dir", tmp_path / "out"]
-    told = subprocess.run(words, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    cells = [[cell.strip() for cell in line.split("|")] for line in told.stdout.splitlines()]
-    halves = {row[1].split()[1]: row[2] for row in cells if len(row) > 3 and row[1][1:2] == " "}
-    assert halves == {"g_lr": "0.01125", "d_lr": "0.01075", "d_scale": "0.01225"}
-    assert "next point g_lr=3e-05 d_lr=0.0002 d_scale=30\n" in told.stdout
-    assert "curvature -0.00525" in told.stdout
-    report = (tmp_path / "out" / "sweep.md").read_text()
-    assert "resolution III" in report and "A = BC, B = AC, C = AB" in report and "next point" in report
-    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    table = rows(tmp_path / "out")
-    assert list(table["00"]) == "id seed g_lr d_lr d_scale mauve mauve_sd floor status".split() and len(table) == 5
-    again = [*words[:-1], tmp_path / "again", "--factors", *FACTORS]  # the same where the levels are said
-    assert subprocess.run(again, capture_output=True, text=True).stdout == told.stdout
+    sweep.main(["--results", str(tmp_path / "table.csv"), "--out_dir", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert re.findall("half-effect (.*)\n", out) == ["0.01125", "0.01075", "0.01225"]
+    for part in "A = BC, g_lr", "resolution III", "curvature -0.00525", "point g_lr=3e-05 d_lr=0.0002 d_scale=30\n":
+        assert part in (tmp_path / "out" / "sweep.md").read_text() and part in out
+    factors, half = sweep.read_factors(FACTORS), [0.01125, 0.01075, 0.01225]
+    assert sweep.next_point(factors, half, 1.42) == sweep.next_point(factors, half, 1.57) == [3e-5, 2e-4, 30]
 
 
-@pytest.mark.parametrize("step", [1.42, 1.5, 1.57])
-def test_the_write_ups_step_may_have_had_any_length_near_ours(step):
-    factors = sweep.read_factors(FACTORS, sweep.train_flags())
-    assert sweep.ascend(factors, [0.01125, 0.01075, 0.01225], step) == [3e-5, 2e-4, 30]
-    exact = design.steepest(factors, [0.01125, 0.01075, 0.01225])
-    assert exact == pytest.approx([2.60e-5, 1.66e-4, 31.6], rel=3e-3)
-
-
-# Box, Hunter & Hunter's reactor: A feed rate, B catalyst, C agitation, D temperature, E concentration; % reacted,
-# all 32 runs in standard order
+# Box, Hunter & Hunter's reactor, % reacted: feed rate, catalyst, agitation, temperature, concentration, standard order
 REACTOR = [61, 53, 63, 61, 53, 56, 54, 61, 69, 61, 94, 93, 66, 60, 95, 98,
            56, 63, 70, 65, 59, 55, 67, 65, 44, 45, 78, 77, 49, 42, 81, 82]
 
 
-def reactor(coded):
-    return REACTOR[sum(2 ** j for j, x in enumerate(coded) if x > 0)]
-
-
-def test_a_half_fraction_of_five_factors_is_the_textbooks_reactor():
+def test_a_half_fraction_of_five_factors_gives_the_textbooks_reactor():
     plan = sweep.design(5)
-    assert plan.generator == "E = ABCD" and plan.resolution == "V" and len(plan.rows) == 16
-    assert plan.rows[:3] == [[-1, -1, -1, -1, 1], [1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]
-    assert plan.aliases == {
-        "A": "BCDE", "B": "ACDE", "C": "ABDE", "D": "ABCE", "E": "ABCD", "AB": "CDE", "AC": "BDE", "AD": "BCE",
-        "AE": "BCD", "BC": "ADE", "BD": "ACE", "BE": "ACD", "CD": "ABE", "CE": "ABD", "DE": "ABC"}
-    y = [reactor(row) for row in plan.rows]
-    found = sweep.effects([[*row, row[1] * row[3], row[3] * row[4]] for row in plan.rows], y)
+    assert len(plan) == 16 and plan[:3] == [[-1, -1, -1, -1, 1], [1, -1, -1, -1, -1], [-1, 1, -1, -1, -1]]
+    y = [[REACTOR[sum(2 ** j for j, x in enumerate(row) if x > 0)]] for row in plan]
+    found = sweep.effects([[*row, row[1] * row[3], row[3] * row[4]] for row in plan], y, [])
     assert [2 * h for h in found.half] == pytest.approx([-2.0, 20.5, 0.0, 12.25, -6.25, 10.75, -9.5])  # ..., BD, DE
-    assert found.mean == 65.25 and found.se is None and found.curvature is None
+    assert found.corners == 65.25 and math.isnan(found.se) and math.isnan(found.centre)
 
 
-@pytest.mark.parametrize("k, names", [(2, "full"), (3, "III"), (4, "IV"), (5, "V"), (6, "VI"), (7, "VII")])
-def test_every_design_is_balanced_orthogonal_and_its_aliases_are_equal_columns(k, names):
-    plan = sweep.design(k)
-    assert plan.resolution == names and len(plan.rows) == 2 ** (k - 1 if k > 2 else k)
-    columns = list(zip(*plan.rows))
-    assert all(sum(x * y for x, y in zip(columns[i], columns[j])) == 0 for i in range(k) for j in range(i))
-    assert not any(map(sum, columns)) and len({tuple(row) for row in plan.rows}) == len(plan.rows)
-
-    def column(letters):
-        return [math.prod(row["ABCDEFG".index(x)] for x in letters) for row in plan.rows]
-
-    assert all(column(one) == column(other) for one, other in plan.aliases.items())
-    assert len(plan.aliases) == (2 ** (k - 1) - 1 if k > 2 else 0)
+@pytest.mark.parametrize("k", range(2, 8))
+def test_a_design_is_balanced_and_orthogonal_and_a_half_fraction_has_its_aliases(k):
+    plan = np.array(sweep.design(k))
+    assert len(plan) == 2 ** (k - 1 if k > 2 else k) == len(np.unique(plan, axis=0))
+    assert (plan.T @ plan == len(plan) * np.eye(k)).all() and not plan.sum(0).any()
+    assert k == 2 or (plan.prod(1) == 1).all()  # I = AB...K
 
 
 def test_replicates_give_the_standard_errors_of_least_squares():
-    np = pytest.importorskip("numpy")
-    coded, y, centre = sweep.design(2).rows, [[1.0, 1.4], [2.0, 2.2], [3.1, 2.5], [5.0, 4.6]], [2.9, 3.3]
+    coded, y, centre = sweep.design(2), [[1.0, 1.4], [2.0, 2.2], [3.1, 2.5], [5.0, 4.6]], [2.9, 3.3]
     found = sweep.effects(coded, y, centre)
-    # a model with a free level for every point, solved by numpy: corners' mean, A, B, AB, and the centre's own level
+    # a model with a free level for every point: the mean of the corners, A, B, AB, and the level of the centre
     x = np.array([[1, *row, row[0] * row[1], 0] for row in coded for _ in range(2)] + [[0, 0, 0, 0, 1]] * 2)  # (10, 5)
-    flat = np.array([value for some in y for value in some] + centre)  # (10,)
-    beta, (squares,), *_ = np.linalg.lstsq(x, flat)
+    beta, (squares,), *_ = np.linalg.lstsq(x, np.array([value for some in y for value in some] + centre))
     cov = squares / 5 * np.linalg.inv(x.T @ x)  # (5, 5)
-    assert [found.mean, *found.half] == pytest.approx(beta[:3]) and found.df == 5
+    assert [found.corners, *found.half, found.centre] == pytest.approx([*beta[:3], beta[4]]) and found.df == 5
     assert found.se == pytest.approx(cov[1, 1] ** 0.5) and found.sd == pytest.approx((squares / 5) ** 0.5)
-    assert found.curvature == pytest.approx(beta[0] - beta[4])
     assert found.curvature_se == pytest.approx((cov[0, 0] + cov[4, 4]) ** 0.5)
 
 
-@pytest.mark.parametrize("value, nearest", [(2.6e-5, 3e-5), (1.66e-4, 2e-4), (31.6, 30), (1, 1), (8, 10), (0.007, 0.005),
-                                            (0.0072, 0.01), (4.0, 5), (3.8, 3), (9.99e-7, 1e-6)])
-def test_clean_is_the_nearest_rung_by_ratio(value, nearest):
-    assert design.clean(value) == nearest
-
-
 @pytest.mark.parametrize("spec, half, point", [
-    ("d_lr=5e-6:2e-5:1e-4", -1, 3e-6),  # downwards by 1.5 x log 4: 2.5e-6, which lies nearer to 3e-6 than to 2e-6
+    ("d_lr=5e-6:2e-5:1e-4", -1, 3e-6),  # down by 1.5 x log 4: 2.5e-6, which is nearer to 3e-6 than to 2e-6
     ("rank=16:32:64", 1, 100),  # whole numbers stay whole: 90.5
-    ("rank=2:3:4", -1, 2),
-    ("temperature=0.9:1:1.05", 1, 1.1),  # narrower than the ladder: 1.0759
-    ("ema_decay=0.8:0.85:0.9:lin", 1, 0.92),  # 0.925 on a grid of 0.01
-    ("reasoning_tokens=0:128:256:lin", -1, -60),
+    ("temperature=0.9:1:1.05", 1, 1.1),  # narrower than 1, 2, 3, 5: 1.0759
+    ("reasoning_tokens=0:128:256:lin", -1, -64),
 ])
 def test_the_next_value_is_clean_on_its_scale(spec, half, point):
-    f = sweep.read_factor(spec, sweep.train_flags())
-    (value,) = sweep.ascend([f], [half])
-    assert value == point and isinstance(value, f.kind)
+    factor, other = sweep.read_factors([spec, "batch_size=1:2:3"])
+    value, _ = sweep.next_point([factor, other], [half, 1])
+    assert value == point and type(value) is type(factor.low)
 
 
-# -----------------------------------------------------------------------------
-# runs
-
-def test_a_sweep_runs_the_design_the_ascent_and_climbs_until_mauve_falls(fake, capsys):
-    out = fake / "out"
-    sweep.main(["--factors", *FACTORS, "--out_dir", str(out), "--replicates", "2", "--jobs", "2", "--climb", "9",
-                "--", "--num_steps", "8"])
-    starts, table = started(fake), rows(out)
-    # corners and centre, 05 at 30, 06 at 1000, 07 at 30000, where MAUVE falls
-    assert list(table) == [f"{number:02d}{replicate}" for number in range(8) for replicate in ("", "-1")]
-    assert [table[name]["d_scale"] for name in ("00", "04", "05", "06", "07")] == ["10", "1", "30", "1000", "30000"]
-    assert {row["status"] for row in table.values()} == {"done"} and table["00-1"]["seed"] == "1"
-    assert all(row["--num_steps"] == "8" for row in starts) and {row["gpu"] for row in starts} == {"0", "1"}
-    report = (out / "sweep.md").read_text()
-    assert "| C d_scale | 0.02" in report and "beyond the design" in report and "degrees of freedom" in report
-    before = len(starts)
-    sweep.main(["--factors", *FACTORS, "--out_dir", str(out), "--replicates", "2", "--climb", "9", "--num_steps", "8"])
-    assert len(started(fake)) == before  # nothing is run twice
-    assert (out / "sweep.md").read_text() == report
-
-
-def test_a_crashed_run_is_reported_and_the_others_go_on(fake, capsys):
-    out = fake / "out"
-    (fake / "fault").write_text("crash 01-1")
-    words = ["--factors", *FACTORS, "--out_dir", str(out), "--replicates", "2"]
-    with pytest.raises(SystemExit) as end:
-        sweep.main(words)
-    told = capsys.readouterr()
-    assert end.value.code == 1 and told.err.count("\n") == 1 and "runs that failed: 01-1;" in told.err
-    assert "run 01-1: failed (1): ValueError: a bad day" in told.out
-    assert rows(out)["01-1"]["status"] == "failed (1)" and rows(out)["05"]["status"] == "done"
-    (fake / "fault").unlink()
+def test_a_sweep_runs_the_design_and_climbs_until_mauve_falls(fake, capsys):
+    words = [*"--replicates 2 --jobs 3 --climb 9 --num_steps=8".split(), "--out_dir", str(fake / "out")]
+    words += ["--factors", *FACTORS]
     sweep.main(words)
-    again = started(fake)[12:]
-    assert [row["id"] for row in again] == ["01-1"] and again[0]["--resume"] == str(out / "01-1")
+    rows, first = table(fake / "out"), starts(fake)
+    # the centre; 05 at 30, 06 at 1000, 07 at 30000, where MAUVE falls
+    assert [float(rows[name]["d_scale"]) for name in ("04", "05", "06", "07")] == [1, 30, 1000, 30000]
+    assert len(rows) == 16 and {row["status"] for row in rows.values()} == {"done"} and rows["00-1"]["seed"] == "1"
+    assert all("--num_steps=8" in words for words in first) and {gpu for _, gpu, *_ in first} == {"0", "1", "2"}
+    assert "C = AB, d_scale=0.1:1:10: half-effect 0.02 +- " in (fake / "out" / "sweep.md").read_text()
+    sweep.main(words)
+    assert starts(fake) == first and table(fake / "out") == rows  # nothing runs twice
+    for changed in ("--seed", "--rank"):
+        assert "other flags" in fails([*words, changed, "1"], capsys)
 
 
-def test_without_a_corner_there_is_no_ascent(fake, capsys):
+def test_a_failed_run_is_reported_and_the_same_command_resumes_it(fake, capsys):
     (fake / "fault").write_text("crash 02")
-    with pytest.raises(SystemExit) as end:
-        sweep.main(["--factors", *FACTORS, "--out_dir", str(fake / "out")])
-    assert end.value.code == 1 and list(rows(fake / "out")) == ["00", "01", "02", "03", "04"]
-    assert "no MAUVE at the corners (-1 +1 -1)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", [[], ["--", "--device", "cpu"]])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_sweep_goes_on_where_it_was(number, flags, fake):
-    out = fake / "out"
-    (fake / "fault").write_text("slow 02" if number == signal.SIGKILL else "hang 02")
-    words = ["--factors", *FACTORS, "--out_dir", out, *flags]
-    process = background(fake, *words)
-    until(lambda: (out / "02" / "args.json").exists())
-    process.send_signal(number)
-    told = process.communicate(timeout=10)[0]
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), told
-    assert not (out / "03").exists()
-    if number != signal.SIGKILL:
-        assert rows(out)["02"]["status"] == "stopped" and "the same command goes on" in told
-        (fake / "fault").unlink()
-    process = background(fake, *words)
-    told = process.communicate(timeout=20)[0]
-    assert process.returncode == 0, told
-    starts = [row["id"] for row in started(fake)]
-    if number == signal.SIGKILL:  # its run had lived on, and was waited for
-        assert "run 02 is still under way" in told and starts == ["00", "01", "02", "03", "04", "05"]
-    else:
-        assert starts == ["00", "01", "02", "02", "03", "04", "05"] and started(fake)[3]["--resume"] == str(out / "02")
-    assert {row["status"] for row in rows(out).values()} == {"done"}
-
-
-@pytest.mark.parametrize("flags", [[], ["--", "--device", "cpu"]])
-def test_a_run_killed_before_it_had_begun_begins_anew(flags, fake):
-    (fake / "out" / "02" / "ckpt").mkdir(parents=True)  # all that train.py had left
-    sweep.main(["--factors", *FACTORS, "--out_dir", str(fake / "out"), *flags])
-    assert {row["status"] for row in rows(fake / "out").values()} == {"done"}
-    assert not (fake / "out" / "02" / "ckpt").exists()
-
-
-def test_a_folder_of_another_sweep_is_refused(fake, capsys):
-    out = fake / "out"
-    words = ["--out_dir", str(out), "--factors", *FACTORS[:2], "--", "--d_scale", "1"]
+    words = ["--factors", *FACTORS, "--out_dir", str(fake / "out")]
+    assert "runs that failed: 02;" in fails(words, capsys, status=1)
+    rows = table(fake / "out")
+    assert list(rows) == ["00", "01", "02", "03", "04"] and rows["02"]["status"] == "failed (1)"  # no next point
+    assert "No next point" in (fake / "out" / "sweep.md").read_text()
+    (fake / "fault").unlink()
+    (fake / "out" / "02" / "result.json").write_text('{"mauve": 0.9, "num_steps": 7}')  # evaluate.py of a stopped run
     sweep.main(words)
-    for changed, named in ((["d_lr=1e-6:2e-5:1e-4" if word == FACTORS[1] else word for word in words], "factors"),
-                           ([*words[:-1], "2"], "flags"), (["--seed", "1", *words], "seed")):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            sweep.main(changed)
-        told = capsys.readouterr().err
-        assert end.value.code == 2 and told.count("\n") == 1 and named in told
-    with open(out / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        process = background(fake, *words)
-        told = process.communicate(timeout=10)[0]
-    assert process.returncode == 2 and "in use by another process" in told
+    assert [run for run, *_ in starts(fake)[5:]] == ["02", "05"] and table(fake / "out")["02"]["mauve"] != "0.9"
+    assert starts(fake)[5][2:] == [f"--resume={fake / 'out' / '02'}"]
 
 
-# -----------------------------------------------------------------------------
-# mistakes
+def test_a_signal_is_passed_on_and_no_other_run_begins(fake, capsys):
+    (fake / "fault").write_text("hang 02")
+    (fake / "out" / "02" / "ckpt").mkdir(parents=True)  # left by a run that was killed before its first checkpoint
+
+    def interrupt():
+        while not (fake / "out" / "02" / "args.json").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit, match="143"):
+        sweep.main(["--factors", *FACTORS, "--out_dir", str(fake / "out")])
+    assert "the same command continues" in capsys.readouterr().out
+    assert [row["status"] for row in table(fake / "out").values()] == ["done", "done", "stopped", "waiting", "waiting"]
+
 
 @pytest.mark.parametrize("words, named", [
-    ("", "--factors"), ("--factors g_lr=1:2:3", "2 to 7"), ("--factors g_lr=1:2:3 g_lr=1:2:3", "2 to 7"),
-    ("--factors g_lr=1:2 d_lr=1:2:3", "g_lr=1:2"), ("--factors g_lr d_lr=1:2:3", "low:centre:high"),
-    ("--factors g_lr=1:2:3:exp d_lr=1:2:3", "low:centre:high"), ("--factors g_lr=1:x:3 d_lr=1:2:3", "numbers"),
-    ("--factors g_lr=3:2:1 d_lr=1:2:3", "rise"), ("--factors g_lr=1:1:3 d_lr=1:2:3", "rise"),
-    ("--factors g_lr=nan:1:3 d_lr=1:2:3", "rise"), ("--factors g_lr=1:2:inf d_lr=1:2:3", "rise"),
-    ("--factors g_lr=0:1:3 d_lr=1:2:3", ":lin"), ("--factors rank=1.5:2:3 d_lr=1:2:3", "whole"),
-    ("--factors g_rl=1:2:3 d_lr=1:2:3", "did you mean g_lr"), ("--factors model=1:2:3 d_lr=1:2:3", "numeric flag"),
-    ("--factors seed=1:2:3 d_lr=1:2:3", "numeric flag"), ("--factors adv_norm=0:1:2:lin d_lr=1:2:3", "numeric flag"),
-    ("--factors g_lr=1:2:3 d_lr=1:2:3 --num_step 3", "--num_steps"), ("--factors g_lr=1:2:3 d_lr=1:2:3 -- --g_lr 3", "--g_lr"),
-    ("--factors g_lr=1:2:3 d_lr=1:2:3 -- --seed 3", "--seed"), ("--factors g_lr=1:2:3 d_lr=1:2:3 -- --resume x", "--resume"),
-    ("--factors g_lr=1:2:3 d_lr=1:2:3 --jobs 0", "--jobs"), ("--factors g_lr=1:2:3 d_lr=1:2:3 --replicates 0", "--replicates"),
-    ("--factors g_lr=1:2:3 d_lr=1:2:3 --climb -1", "--climb"), ("--factors g_lr=1:2:3 d_lr=1:2:3 --ascent_step 0", "--ascent_step"),
-    ("--factors g_lr=1:2:3 d_lr=1:2:3 --climbs 3", "--climb"), ("--results no/such.csv", "no/such.csv"),
-    ("--results flags.py", "--results flags.py"), ("--results TABLE --num_steps 3", "--num_steps"),
-    ("--results TABLE --factors g_lr=1:2:3 kl_coef=1:2:3", "kl_coef"), ("--results ODD", "give --factors"),
+    ("", "2 to 7"), ("--factors B", "2 to 7"), ("--factors B B", "2 to 7"), ("--factors A g_lr=1:2", "g_lr=1:2:"),
+    ("--factors A g_lr=1:1:3", "rise"), ("--factors A g_lr=1:2:inf", "finite"), ("--factors A g_lr=0:1:3", ":lin"),
+    ("--factors A rank=1.5:2:3", "int"), ("--factors A g_rl=1:2:3", "mean --g_lr"), ("--factors A g_lr", "g_lr"),
+    ("--factors A model=1:2:3", "numeric flag"), ("--factors A seed=1:2:3", "numeric flag"),
+    ("--factors A beta1=0.8:0.9:1", "--beta1 1.0"), ("--factors A d_scale=1:2:3 --adv_norm", "--no-adv_norm"),
+    ("--factors A B --num_step 3", "--num_steps"), ("--factors A B -- --g_lr 3", "--g_lr"),
+    ("--factors A B -- --resume=x", "--resume"), ("--factors A B --seeds 0", "--seeds"),
+    ("--factors A B --jobs 0", "--jobs"), ("--factors A B --ascent_step nan", "--ascent_step"),
+    ("--results TABLE --num_steps 3", "--num_steps"), ("--results TABLE --factors B rank=1:2:3", "rank"),
+    ("--results no/such.csv", "no/such.csv"), ("--results ODD", "must be name=low:centre:high"),
+    ("--results NAN", "nan"), ("--results EMPTY", "header"),
 ])
-def test_a_mistake_is_one_line(words, named, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sweep, "sweep", None)  # whatever gets as far as a run fails otherwise
-    (tmp_path / "TABLE").write_text(WRITEUP)
-    (tmp_path / "ODD").write_text(WRITEUP + "3e-5,2e-4,30.0,0.375\n")
-    words = [str(tmp_path / word) if word in ("TABLE", "ODD") else word for word in words.split()]
-    with pytest.raises(SystemExit) as end:
-        sweep.main(words)
-    told = capsys.readouterr()
-    assert end.value.code == 2 and told.out == "" and told.err.count("\n") == 1 and named in told.err
+def test_a_mistake_is_one_line_before_any_run(words, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "TRAIN", None)
+    tables = dict(TABLE=WRITEUP, ODD=WRITEUP + "3e-5,2e-4,30.0,0.375\n", NAN=WRITEUP.replace("0.09", "nan"), EMPTY="")
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+    short = {name: tmp_path / name for name in tables} | dict(A="d_lr=1:2:3", B="g_lr=1:2:3")
+    assert named in fails([*(short.get(word, word) for word in words.split()), "--out_dir", tmp_path / "out"], capsys)
 
 
-def test_without_matplotlib_the_rest_is_written_and_one_line_names_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    (tmp_path / "table.csv").write_text(WRITEUP)
-    with pytest.raises(SystemExit) as end:
-        sweep.main(["--results", str(tmp_path / "table.csv")])
-    assert end.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "sweep.csv", "sweep.md"}
-
-
-def test_nothing_heavy_is_imported(tmp_path):
-    (tmp_path / "table.csv").write_text(WRITEUP)
-    code = "import sys, sweep; print([x for x in ('torch', 'numpy', 'matplotlib') if x in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+def test_cells_of_a_strangers_table_are_harmless(tmp_path):
+    cells = zip(["id,seed", "=1+1,-1e-5", "@x,", "-2+3,", "+cmd,", "\x1b[31m,"], WRITEUP.splitlines())
+    (tmp_path / "table.csv").write_text("\n".join(map(",".join, cells)))
+    sweep.main(["--results", str(tmp_path / "table.csv")])
+    rows = table(tmp_path)
+    assert list(rows) == ["'=1+1", "'@x", "'-2+3", "'+cmd", "\\x1b[31m"] and rows["'=1+1"]["seed"] == "-1e-5"

@@ -1,0 +1,113 @@
+"""
+Try a run, or a bare model: a prefix in, thinking and completions out.
+
+$ python sample.py out/demo-1 --prefix "Return the number of"     # five completions by the trained generator
+$ python sample.py out/demo-1 --file start.txt --both             # base and trained model, one after the other
+$ python sample.py out/demo-1 --prefix "Return" --best_of 8       # of 8, the one that the run's discriminator prefers
+$ python sample.py out/demo-1                                     # type prefixes; an empty line ends it
+$ python sample.py Qwen/Qwen3-0.6B --prefix "Return" --device cpu # a model without a run
+"""
+import pathlib
+
+from flags import Parser, Run, UserError, check_device, readable
+from train import parse_flags
+
+
+def split_prefix(text):
+    """A prefix as (prefix, sep): the white space at its end stands apart; a space where there is none."""
+    prefix = text.rstrip()
+    return prefix, text[len(prefix):] or " "
+
+
+def prefixes(text):
+    """The prefix of the command line, or those that are typed, until an empty line."""
+    while text is None:
+        try:
+            line = input("prefix> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+    yield text
+
+
+def show(title, writer, samples, i):
+    think = readable(writer.decode(samples.roll.think[i]).strip())
+    thinking = f"<think> {think} </think>\n" if think else ""
+    print(f"--- {title}\n{thinking}{readable(samples.texts[i])}\n", flush=True)
+
+
+if __name__ == "__main__":
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("source", help="folder of a run, or a model: hub id, folder, demo, demo-small")
+    add("--prefix", default=None, help="text to continue (default: ask for it)")
+    add("--file", default=None, help="file with the text to continue")
+    add("--num", type=int, default=5, help="completions to print")
+    add("--base", action="store_true", help="sample from the base model instead of the trained one")
+    add("--both", action="store_true", help="sample from the base model, then from the trained one")
+    add("--best_of", type=int, default=1, help="completions to choose from: the discriminator's choice is printed")
+    add("--temperature", type=float, default=None, help="sampling temperature (default: the run's)")
+    add("--prompt", default=None, help="writeup, plain, chat, or a file that holds {text} (default: the run's)")
+    add("--seed", type=int, default=0, help="seed of sampling")
+    add("--device", default=None, help="cuda, cpu, ... (default: the run's; cpu for the embedded models)")
+    flags = parser.parse_args()
+    is_run = (pathlib.Path(flags.source) / "args.json").exists()
+    for wrong, message in (
+        (flags.num < 1 or flags.best_of < 1, "--num and --best_of must be 1 or more"),
+        (flags.prefix is not None and flags.file, "give --prefix or --file, not both"),
+        (not is_run and (flags.both or flags.best_of > 1), f"--both and --best_of need a run; {flags.source} is none"),
+        (flags.base and (flags.both or flags.best_of > 1), "--base samples from the base alone; leave out --both and "
+         "--best_of"),
+    ):
+        if wrong:
+            raise UserError(message)
+    if is_run:
+        run = Run(flags.source)
+        args = run.args
+    else:
+        embedded = flags.source in ("demo", "demo-small")
+        args = parse_flags(["--preset", "demo" if embedded else "writeup", "--model", flags.source])
+    for name in ("temperature", "seed", "device"):
+        if getattr(flags, name) is not None:
+            setattr(args, name, getattr(flags, name))
+    check_device(args.device)
+    given = flags.prefix
+    if flags.file:
+        try:
+            given = pathlib.Path(flags.file).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--file {flags.file} cannot be read: {error}") from None
+
+    from checkpoint import load_judge, load_run
+    from data import Window, prompt_template
+    from model import DTYPES, checked_device, load_players
+    from rollout import Writer
+    from sampler import Sampler
+
+    device = checked_device(args.device)
+    generator, discriminator = load_run(run, device) if is_run else load_players(args, device)
+    args.prompt = prompt_template(flags.prompt or args.prompt, generator.tokenizer)
+    sampler = Sampler(generator.model, DTYPES[args.dtype], args.merge)
+    writer = Writer(sampler, generator.tokenizer, args)
+    judge = load_judge(run, discriminator, sampler) if flags.best_of > 1 else None
+    players = {"base": None, "trained": generator.adapter}
+    if not flags.both:
+        players = {"base": None} if flags.base or not is_run else {"trained": generator.adapter}
+
+    for asked, text in enumerate(prefixes(given)):
+        prefix, sep = split_prefix(text)
+        generator.check_length(len(writer.prompt_ids(prefix)) + writer.max_reply)
+        for name, adapter in players.items():
+            windows = [Window(prefix, sep, "")] * flags.num * flags.best_of
+            samples = writer.write(windows, adapter, "sample", asked * len(windows))
+            if judge:  # it reads a completion beside a truth of the same length: here the completion itself
+                discriminator.activate()
+                windows = [window._replace(truth=text) for window, text in zip(windows, samples.texts)]
+                p_real = judge.score(windows, samples.texts, 0).p_real.tolist()
+            for number in range(flags.num):
+                rows = range(number * flags.best_of, (number + 1) * flags.best_of)
+                i = max(rows, key=p_real.__getitem__) if judge else number
+                note = f", p_real {p_real[i]:.2f}, best of {flags.best_of}" if judge else ""
+                show(f"{name} {number + 1}{note}", writer, samples, i)
