@@ -239,26 +239,27 @@ class Corpus(Windows):
         if not self.texts:
             self.usable([max(part, key=len, default="")])  # the message has its length
             raise self.too_short()
-        self.revision = digest
-        self.facts = f"{len(texts):,} documents, {sum(map(held_out, texts)):,} held out; of the {len(part):,} in {split}"
+        self.revision, self.num_documents = digest, len(self.texts)
+        num_held_out = len(part) if split == "held_out" else len(texts) - len(part)
+        self.facts = f"{len(texts):,} documents, {num_held_out:,} held out; of the {len(part):,} in {split}"
 
     def usable(self, texts):
         return [text for text in texts if self.window_of(text, random.Random(0))]
 
     def summary(self):
-        sample = random.Random(0).sample(self.texts, min(len(self.texts), 200))
-        num_usable = max(len(self.texts) * len(self.usable(sample)) // len(sample), 1)
-        about, epochs = "about " * (len(self.texts) > FEW), (self.total + self.warmup) / num_usable
+        sample = random.Random(0).sample(self.texts, min(self.num_documents, 200))
+        num_usable = max(self.num_documents * len(self.usable(sample)) // len(sample), 1)
+        about, epochs = "about " * (self.num_documents > FEW), (self.total + self.warmup) / num_usable
         return (f"data {self.args.data}: {self.facts} {about}{num_usable:,} are longer than {self.need} tokens"
                 + f" ({self.left_out:,} of those tried cannot be encoded)" * (self.left_out > 0)
                 + f"; the run needs {epochs:.2g} epochs" * (epochs > 0))
 
     @functools.lru_cache(4)
     def order(self, epoch):
-        return random.Random(f"order {self.args.seed} {epoch}").sample(range(len(self.texts)), len(self.texts))
+        return random.Random(f"order {self.args.seed} {epoch}").sample(range(self.num_documents), self.num_documents)
 
     def __getitem__(self, position):
-        epoch, place = divmod(position, len(self.texts))
+        epoch, place = divmod(position, self.num_documents)
         rng = random.Random(f"window {self.args.seed} {position}")
         text = self.texts[self.order(epoch)[place]]
         for _ in range(TRIES):
@@ -271,6 +272,7 @@ class Corpus(Windows):
 
 class Stream(Windows):
     """A dataset of the hub in the order of its rows. Floor and warm-up, which a run needs first, are read first."""
+    num_documents = sys.maxsize  # unknown
 
     def __init__(self, args, encode, split):
         super().__init__(args, encode, split)
@@ -320,7 +322,7 @@ class Stream(Windows):
                     if isinstance(row[self.field], str):
                         yield clean(row[self.field])
         except Exception as error:  # datasets passes on whatever its http clients raise
-            raise UserError(f"--data {self.args.data}: {repo} could not be read ({str(error)[:300] or type(error)}); "
+            raise UserError(f"--data {self.args.data}: {repo} cannot be read ({str(error)[:300] or type(error)}); "
                             "give a local path, or demo") from None
 
 

@@ -11,7 +11,7 @@ Writes result.json (the main numbers) and mauve.json (everything) into the run's
 
 What differs from the textbook:
 1. Floor, result and ceiling use the same prefixes and the same number of texts, because MAUVE reads high on few texts.
-2. Each has a standard deviation over k-means seeds and a 95 % interval, which is for MAUVE at this number of texts.
+2. Each has a standard deviation over k-means seeds and a 95 % interval for MAUVE at this number of texts.
 3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "not told apart".
 """
 import json
@@ -51,10 +51,9 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
     curve: sequences per window of MAUVE over the run (0: about ten windows).
     """
     run = read_run(folder)
-    rollouts, floor = run.rollouts, run.floor
-    n = min(max(len(floor), 4) if floor else WINDOW, len(rollouts))
-    last, before, window, floor = rollouts[-n:], rollouts[:-n][-n:], rollouts[-WINDOW:], floor[-n:]
-    fresh = [row for row in read_lines(run.folder / "fresh.jsonl") if row.get("step") == last[-1]["step"]]  # not older
+    n = min(max(len(run.floor), 4) if run.floor else WINDOW, len(run.rollouts))
+    last, before, window, floor = run.rollouts[-n:], run.rollouts[:-n][-n:], run.rollouts[-WINDOW:], run.floor[-n:]
+    fresh = [row for row in read_lines(run.folder / "fresh.jsonl") if row.get("step") == last[-1]["step"]]  # no older
 
     # the ceiling compares the truth with as many other real texts; in a run too short for that, its two halves
     truth, half = column(last, "truth"), n // 2
@@ -79,15 +78,14 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
     if floor and column(floor, "prefix") == column(last, "prefix"):
         result["against_floor"] = compare(featurize, last, floor)
     elif floor:
-        print(f"{folder} is not finished: the prefixes of its floor are not those of its last {n} sequences")
-
+        print(f"{folder} is not finished: its floor has other prefixes than its last {n} sequences")
     texts = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
     report = result | dict(
         ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, curve_sequences=curve,
-        curve=over_the_run(rollouts, curve, seeds, featurize),
+        curve=over_the_run(run.rollouts, curve, seeds, featurize),
         texts={name: describe(model, tokenizer, *which, device) for name, which in texts.items() if which[0]})
     verdicts = [row for row in run.verdicts if row["step"] >= last[0]["step"]]
-    for kind in ("all texts", "generated") if verdicts else ():  # --disc reason; the generator is paid for the second
+    for kind in ("all texts", "generated") if verdicts else ():  # --disc reason; the reward is made of the second kind
         rows = [row for row in verdicts if kind in ("all texts", row["text"])]
         report.setdefault("reliability", {})[kind] = reliability(
             column(rows, "d_value"), [row["verdict"] == row["text"] for row in rows])
@@ -105,8 +103,7 @@ def over_the_run(rollouts, size, seeds, featurize):
     for end in (total * i // count for i in range(1, count + 1)):
         rows = rollouts[end - size:end]
         score = mauve_of(featurize(column(rows, "truth")), featurize(column(rows, "completion")), seeds)
-        points.append({"step": rows[-1]["step"], "num_sequences": size,
-                       **{key: score[key] for key in ("mauve", "mauve_sd", "interval")}})
+        points.append({"step": rows[-1]["step"], "num_sequences": size, **score})
     return points
 
 
@@ -180,11 +177,12 @@ def sample_fresh(run, num_sequences, generator):
     from rollout import Writer
     from sampler import Sampler
     stream = windows(run.args, plain_encoder(generator.tokenizer), split="held_out")
-    num = min(num_sequences, stream.num_documents // 2)
+    documents = len(getattr(stream, "texts", range(2 * num_sequences)))  # a stream from the hub has enough
+    num = min(num_sequences, documents // 2)
     if num < 4:
-        raise UserError(f"--fresh: --data has {stream.num_documents} held-out documents, and 8 are needed")
+        raise UserError(f"--fresh: --data has {documents} held-out documents that are long enough, and 8 are needed")
     if num < num_sequences:
-        print(f"--fresh {num_sequences}: {num} of {stream.num_documents} held-out documents; the ceiling takes as many")
+        print(f"--fresh {num_sequences}: {num} of {documents} held-out documents; the ceiling takes as many others")
     writer = Writer(Sampler(generator.model, DTYPES[run.args.dtype], run.args.merge), generator.tokenizer, run.args)
     records = []
     for first in tqdm(range(0, num, 32), desc="fresh samples"):
@@ -197,7 +195,7 @@ def sample_fresh(run, num_sequences, generator):
 
 
 def compare(featurize, one, other):
-    """The end of one run against another's: two lists of records with the same prefixes."""
+    """The completions of one list of records against those of another, for the same prefixes: see `paired`."""
     return paired(*map(featurize, (column(one, "truth"), column(one, "completion"), column(other, "completion"))))
 
 

@@ -1,10 +1,10 @@
 """
-Measures of texts: MAUVE with intervals and the features under it, diversity, a shortcut audit, calibration.
+Measures of texts: MAUVE with intervals, features for it, diversity, a shortcut audit, calibration.
 
 MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) has c = 5 and a tenth as many clusters as texts. What differs
 from the package mauve-text, which finds the clusters:
-1. The score is computed from the clusters' histograms: the package's to 1e-12, and 1 where they are equal.
-2. It has an interval by bootstrap over texts, and two sets of texts can be compared in pairs.
+1. The score is computed from the histograms over clusters: equal to the package's, and 1 where they are equal.
+2. It has a 95 % interval by bootstrap over texts, and two sets of texts can be compared in pairs.
 3. Any model can make the features, in batches; for gpt2 and bert names they equal the package's.
 4. An empty text is a row of zeros, far from all others. The package drops it, so a silent model would score high.
 
@@ -37,11 +37,12 @@ def mauve_of(truth, generated, seeds):
             "num_buckets": hists.shape[2], "per_seed": scores.tolist()}
 
 
-def histograms(truth, generated, seed, num_redo=5):
-    """The shares (K,) that two feature matrices (N, H) have in their common clusters; the best of num_redo k-means."""
+def histograms(truth, generated, seed):
+    """The shares (K,) that two feature matrices (N, H) have in their common clusters."""
     from mauve import compute_mauve
-    with quiet():
-        found = compute_mauve(p_features=truth, q_features=generated, seed=seed, kmeans_num_redo=num_redo)
+    from threadpoolctl import threadpool_limits
+    with quiet(), threadpool_limits(1):  # more threads gain little, and make it 10 to 100 times slower on busy cores
+        found = compute_mauve(p_features=truth, q_features=generated, seed=seed)
     return found.p_hist, found.q_hist  # (K,) each
 
 
@@ -65,8 +66,8 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
 
 def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
     """How far MAUVE moves when texts are drawn with replacement and the clusters are kept: deviations (num_draws,) from
-    their mean, since drawing 500 of 500 texts adds noise, which by itself lowers MAUVE. So they give an interval for
-    MAUVE at this number of texts; the value for infinitely many lies elsewhere.
+    their mean, because drawing adds noise, which by itself lowers MAUVE. So an interval made of them is for MAUVE at
+    this number of texts; the value for infinitely many lies elsewhere.
     """
     rng = np.random.default_rng(0)
     draws = [rng.multinomial(n, hist / hist.sum(), num_draws) / n for hist, n in ((p_hist, num_p), (q_hist, num_q))]
@@ -83,19 +84,19 @@ def paired(truth, one, other, num_draws=60):
     rng, N = np.random.default_rng(0), len(truth)
 
     def difference(rows, seed):
-        a, b = (histogram_mauve(*histograms(truth[rows], part[rows], seed, num_redo=1)) for part in (one, other))
+        a, b = (histogram_mauve(*histograms(truth[rows], part[rows], seed)) for part in (one, other))
         return float(a - b)
 
     middle = statistics.fmean(difference(np.arange(N), seed) for seed in range(5))
     draws = np.array([difference(rng.integers(0, N, N), seed) for seed in range(num_draws)])  # (num_draws,)
     low, high = (middle + np.quantile(draws - draws.mean(), (0.025, 0.975))).tolist()
-    verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-    return {"difference": middle, "interval": [low, high], "verdict": verdict, "num_sequences": N}
+    return {"difference": middle, "interval": [low, high], "num_sequences": N,
+            "verdict": "higher" if low > 0 else "lower" if high < 0 else "not told apart"}
 
 
 @contextlib.contextmanager
 def quiet():
-    """Silence standard error, where faiss asks for more texts per cluster than MAUVE's rule ever gives."""
+    """Silence standard error, where faiss asks for more texts per cluster than MAUVE ever has."""
     with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2), "w") as kept:
         os.dup2(nowhere.fileno(), 2)
         try:
@@ -108,7 +109,7 @@ def quiet():
 # texts to features
 
 def check_featurizer(name):
-    """Refuse a --featurizer that does not exist or cannot be used, by its config alone. Returns the config."""
+    """The config of a --featurizer (None: base); one that does not exist or does not fit is a one-line error."""
     from transformers import AutoConfig
     config = None if name == "base" else pretrained(AutoConfig, name)
     if config and config.is_encoder_decoder:
@@ -117,7 +118,7 @@ def check_featurizer(name):
 
 
 def pretrained(kind, name, **settings):
-    """A config, tokenizer or model of --featurizer: no code from the hub is run."""
+    """The config, tokenizer or model of a --featurizer. No code from the hub is run."""
     from checkpoint import DAMAGE, first_line
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **settings)
@@ -139,7 +140,7 @@ def featurizer(name, model, tokenizer, device, batch_size=32):
         encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
     else:
         config = check_featurizer(name)
-        config._attn_implementation, config.use_cache = None, False  # a config can name a kernel on the hub: not used
+        config._attn_implementation, config.use_cache = None, False  # None: no kernel from the hub
         model = pretrained(AutoModel, name, config=config, use_safetensors=True).to(device).eval()
         tokenizer = pretrained(AutoTokenizer, name)
         limit = min(1024, tokenizer.model_max_length, positions(model))
@@ -165,7 +166,7 @@ def featurizer(name, model, tokenizer, device, batch_size=32):
 
 
 # -----------------------------------------------------------------------------
-# what texts look like, what gives them away, whether chances hold
+# diversity, the shortcut audit, calibration
 
 def ngrams(ids, n):
     return zip(*(ids[i:] for i in range(n)))
@@ -223,17 +224,16 @@ def audit(real, generated, num_folds=5):
 
     real, generated: lists of (ids, text), as the discriminator reads them, the i-th of both for the same prefix.
     Logistic regression on ids, a tree of depth 3 on sizes; cross-validated, with both texts of a prefix in one fold.
-    Returns aspect to (accuracy, its standard error at 0.5, where the aspect says nothing).
+    Returns aspect to (accuracy, standard error of 0.5, the accuracy of a guess).
     """
-    from sklearn import feature_extraction, linear_model, model_selection, pipeline, tree
+    from sklearn import feature_extraction, linear_model, model_selection as ms, pipeline, tree
     labels, groups = np.repeat([1, 0], len(real)), np.tile(np.arange(len(real)), 2)  # (N,) each
     found = {}
     for aspect, features in SHORTCUTS.items():
         rows, of_ids = [features(ids, text) for ids, text in [*real, *generated]], "3 tokens" in aspect
         model = linear_model.LogisticRegression(max_iter=1000) if of_ids else tree.DecisionTreeClassifier(max_depth=3)
         model = pipeline.make_pipeline(feature_extraction.DictVectorizer(sparse=of_ids), model)
-        folds = model_selection.GroupKFold(num_folds)
-        guesses = model_selection.cross_val_predict(model, rows, labels, groups=groups, cv=folds)  # (N,)
+        guesses = ms.cross_val_predict(model, rows, labels, groups=groups, cv=ms.GroupKFold(num_folds))  # (N,)
         found[aspect] = float((guesses == labels).mean()), 0.5 / len(labels) ** 0.5
     return found
 

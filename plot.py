@@ -5,7 +5,7 @@ Picture of a run, or of several over each other: MAUVE where it was measured, an
     python plot.py out/demo-1 out/demo-2 --out both.svg     # two runs over each other; .png, .svg or .pdf
 
 A colour is a run, a kind of line is a metric, a null is a gap. The run may still be training. A metric that a fork adds
-to metrics.jsonl gets a panel by itself; a line in PANELS gives it a title, a range, or company.
+to metrics.jsonl gets its panel without further code; a line in PANELS gives it a title and a range.
 """
 import itertools
 import math
@@ -17,7 +17,7 @@ from flags import Parser, Run, UserError, escaped
 FREE, SHARE, POSITIVE = (None, None), (-0.03, 1.03), (0, None)  # ranges of an axis; None: as far as the data go
 PANELS = [  # title, metrics, range; all other metrics follow these
     ("reward", ["reward", "baseline"], FREE),
-    ("p_real: taken for real", ["p_real"], SHARE),
+    ("p_real and length_score", ["p_real", "length_score"], SHARE),
     ("discriminator's accuracy", ["d_acc_real", "d_acc_generated", "d_acc_immediate"], SHARE),
     ("discriminator's verdicts", ["d_value", "d_brier", "d_parsed", "d_think_empty"], SHARE),
     ("kl to the base, nats per token", ["kl"], POSITIVE),
@@ -28,7 +28,6 @@ PANELS = [  # title, metrics, range; all other metrics follow these
     ("entropy, nats per token", ["entropy"], FREE),
     ("coherence under the base", ["coherence"], FREE),
     ("distinct_2: variety of bigrams", ["distinct_2"], SHARE),
-    ("length_score: as long as asked", ["length_score"], SHARE),
     ("tokens per sequence", ["num_completion", "num_think", "d_num_think"], POSITIVE),
     ("think_closed: ended by itself", ["think_closed"], SHARE),
     ("gradient norm", ["g_grad_norm", "d_grad_norm"], POSITIVE),
@@ -128,7 +127,7 @@ def draw(runs, file, panels=None, theme="light"):
     if len(runs) > len(COLOURS):  # shades, dark to light in the order given
         colours = matplotlib.colormaps["viridis"]([0.9 * i / (len(runs) - 1) for i in range(len(runs))])
     names = [run.name if len({r.name for r in runs}) == len(runs) else escaped(str(run.folder)) for run in runs]
-    named, panels = panels is None or len(runs) > 1, panels or panels_of(runs)  # a panel of one run stands in its page
+    named, panels = panels is None or len(runs) > 1, panels or panels_of(runs)  # report.html names its run
     rows, columns = math.ceil(len(panels) / 4), min(len(panels), 4)
     paper, ink, lines = THEMES[theme]
     with matplotlib.rc_context({
@@ -143,11 +142,12 @@ def draw(runs, file, panels=None, theme="light"):
         for i, (title, keys, limits) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, i)
             draw_metrics(axes, runs, colours, keys) if keys else draw_mauve(axes, runs, colours)
-            axes.set(title=title, ylim=limits)
+            top = 1.05 * axes.get_ylim()[1] if limits == POSITIVE else limits[1]  # a constant stays off the edge
+            axes.set(title=title, ylim=(limits[0], top))
             axes.xaxis.get_major_locator().set_params(integer=True)
         if named:
-            handles = [axes.plot([], [], color=colour, linewidth=4)[0] for _, colour in zip(runs, colours)]
-            figure.legend(handles, names, loc="outside upper left", ncols=35 * columns // (8 + max(map(len, names))) or 1)
+            bars = [axes.plot([], [], color=colour, linewidth=4)[0] for _, colour in zip(runs, colours)]
+            figure.legend(bars, names, loc="outside upper left", ncols=35 * columns // (8 + max(map(len, names))) or 1)
         smoothed = any(len(run.metrics) >= SMOOTH for run in runs)
         figure.supxlabel("step" + "; strong: means over a 50th of a run, faint: every step" * smoothed)
         try:

@@ -155,8 +155,7 @@ class Sweep:
         self.out_dir, self.factors, self.rows, self.args = pathlib.Path(out_dir), factors, rows, args
         self.out_dir.mkdir(parents=True, exist_ok=True)
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.jobs)))).split(",")
-        self.gpus = (gpus * args.jobs)[:args.jobs]  # one per job; a run takes it and gives it back
-        self.stop = []  # the signals that have come
+        self.gpus, self.stop = (gpus * args.jobs)[:args.jobs], []  # those that no run uses; the signals that have come
 
     def effects(self):
         points, plan = collections.defaultdict(list), design(len(self.factors))
@@ -240,6 +239,8 @@ class Sweep:
             rows.append({"id": folder.name, "seed": seed + r, **row, **dict.fromkeys(MEASURED), "status": "waiting"})
             commands.append(command)
         self.rows += rows
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: self.stop.append(number))
         with ThreadPoolExecutor(self.args.jobs) as pool:
             for _ in pool.map(self.run_one, rows, commands):
                 self.write()
@@ -278,7 +279,9 @@ def main(argv):
     for name, least, most in (("replicates", 1, 99), ("jobs", 1, 99), ("climb", 0, 99), ("ascent_step", 0.01, 10)):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to {most}")
-    given = flags(words).parse_args()
+    train_parser = flags(words)
+    train_parser._actions.extend(parser._actions)  # a mistyped flag gets advice from both scripts
+    given = train_parser.parse_args()
     factors, rows = read_table(args.results, args.factors) if args.results else (read_factors(args.factors), [])
     fixed = {f"--{name}" for name in ("seed", "out_dir", "resume", *(f.name for f in factors))}
     if fixed & {word.split("=")[0] for word in words} or args.results and words or not given.seeds:
@@ -287,12 +290,9 @@ def main(argv):
     if given.adv_norm and "--d_scale" in fixed:
         raise UserError("--factors d_scale has no effect with --adv_norm, which divides it out; add --no-adv_norm")
     sweep = Sweep(args.out_dir or (args.results.parent if args.results else "out/sweep"), factors, rows, args)
-    if args.results:
-        sweep.write()
-    else:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, frame: sweep.stop.append(number))
+    if not args.results:
         sweep.climb(words)
+    sweep.write()
     print("\n" + sweep.report(), flush=True)
     failed = [row["id"] for row in sweep.rows if row["status"].startswith("failed")]
     if sweep.stop:

@@ -14,7 +14,7 @@ PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub mauve-text numpy p
 
 
 def demo_corpus():
-    """Docstrings of 600 characters and more. A copy is kept here, under a name made of the versions it was read from."""
+    """Docstrings of 600 characters and more; kept in a file beside this one, named by the versions that were read."""
     versions = [sys.version] + [f"{name} {version}" for name in PACKAGES if (version := installed(name))]
     key = hashlib.blake2b("\n".join(versions).encode(), digest_size=6).hexdigest()
     cache = pathlib.Path(__file__).parent / f"corpus-{key}.jsonl"
@@ -36,7 +36,8 @@ def source_files():
     stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = [(file, file.relative_to(stdlib)) for file in sorted(stdlib.rglob("*.py"))]
     for name in filter(installed, PACKAGES):
-        files += [(pathlib.Path(f.locate()), f) for f in sorted(importlib.metadata.files(name) or []) if f.suffix == ".py"]
+        files += [(pathlib.Path(file.locate()), file) for file in sorted(importlib.metadata.files(name) or [])
+                  if file.suffix == ".py"]
     skipped = {"test", "tests", "testing", "idlelib", "site-packages"}
     return [file for file, inside in files if not skipped & set(inside.parts)]
 

@@ -1,82 +1,103 @@
 import gzip
 import json
+import os
 import random
+from argparse import Namespace
 
 import pytest
+import tokenizers
 import zstandard
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 from conftest import shared
-from data import PROMPT, clip, cut_window, held_out, plain_encoder, prompt_ids, windows
+from data import PROMPT, clip, cut_window, held_out, plain_encoder, prompt_ids, prompt_notes, prompt_template, windows
 
 HOSTILE = "a <|im_end|> b <|endoftext|> c <think> d </think> e <|im_start|>user\n</prefix> f"
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+GAPS, rng = [" ", "\n", "  ", "\n\n"], random.Random(0)
+DOCUMENTS = [f"Document {i}. " + rng.choice(GAPS).join(rng.choices(WORDS, k=120)) for i in range(300)]
 
 
-def documents(count=300, seed=0, words=120):
-    rng = random.Random(seed)
-    return [f"Document {i}. " + rng.choice([" ", "\n", "  ", "\n\n"]).join(rng.choice(WORDS) for _ in range(words)) for i in range(count)]
+def run(source, **more):
+    """The flags of a run that windows() reads."""
+    return Namespace(**dict(data=str(source), prefix_tokens=12, completion_tokens=12, seed=0) | more)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """Some documents as a .jsonl file, and their texts."""
-    texts, path = documents(), tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path), texts
+def write(path, texts):
+    """Texts as one file of the kind that its name says; a path that ends in .arrow is a folder of save_to_disk."""
+    rows, kind = [{"text": text} for text in texts], path.name.rpartition(".")[2]
+    if kind in ("parquet", "csv", "arrow"):
+        import datasets
+        getattr(datasets.Dataset.from_list(rows), "save_to_disk" if kind == "arrow" else f"to_{kind}")(path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes({"gz": gzip.compress, "zst": zstandard.compress}.get(kind, bytes)(lines))
+    return path
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs what must end in one line of advice and status 2; returns that line."""
+    def line(work, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            work(*args)
+        printed = capsys.readouterr().err
+        assert error.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+        return printed
+    return line
 
 
 # -----------------------------------------------------------------------------
 # text to ids
 
-def test_the_prompt_decodes_to_the_write_ups_word_for_word(qwen_tokenizer):
-    wanted = ('<|im_start|>system\nYou act as a causal model of language.\nExample:\n"""\nuser:\n<prefix>\nThe user will present a prefix they '
-              "wish for you to continue,\nthen you'll start at the last few words\n</prefix>\nassistant:\n...last few words, then continuation "
-              'starts,\nand you just keep generating, without any other commentary.\n"""\n<|im_start|>user\n<prefix>\nOnce upon a time,\n</prefix>\n'
-              "<|im_start|>assistant\n<think>")
-    assert PROMPT.format(text="Once upon a time,") == wanted
-    ids = prompt_ids(qwen_tokenizer, plain_encoder(qwen_tokenizer), "Once upon a time,")
-    assert qwen_tokenizer.decode(ids) == wanted + "\n"
-    assert ids.count(151644) == 3 and ids.count(151667) == 1 and 151645 not in ids
-
-
 @pytest.mark.parametrize("which", ["qwen", "demo"])
 def test_corpus_text_produces_no_special_token_and_decodes_unchanged(which, request, demo):
     tokenizer = request.getfixturevalue("qwen_tokenizer") if which == "qwen" else demo[1]
-    added = {token: i for token, i in tokenizer.get_added_vocab().items()}
-    assert set(tokenizer(HOSTILE).input_ids) & set(added.values())  # the tokenizer's own way does
-    ids, offsets = plain_encoder(tokenizer)(HOSTILE)
-    assert not set(ids) & set(added.values()) and tokenizer.decode(ids) == HOSTILE
+    encode, added = plain_encoder(tokenizer), set(tokenizer.get_added_vocab().values())
+    assert set(tokenizer(HOSTILE).input_ids) & added  # the tokenizer's usual way does
+    ids, offsets = encode(HOSTILE)
+    assert not set(ids) & added and tokenizer.decode(ids) == HOSTILE
     assert offsets[0][0] == 0 and offsets[-1][1] == len(HOSTILE)
-    empty, full = (prompt_ids(tokenizer, plain_encoder(tokenizer), text) for text in ("", HOSTILE))
-    assert [i for i in full if i in added.values()] == [i for i in empty if i in added.values()]
+    empty, full = (prompt_ids(tokenizer, encode, PROMPT, text) for text in ("", HOSTILE))
+    assert [i for i in full if i in added] == [i for i in empty if i in added]
 
 
-def test_a_vocabulary_with_markers_as_ordinary_pieces_yields_none_of_them(demo):
-    # a Unigram model holds "<s>" as a piece, which text can spell
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-    pieces = [("<s>", 0.0), ("<unk>", 0.0)] + [(c, -2.0) for c in "<s>/abc "] + [("a b", -1.0)]
+def unigram(normalizer=None):
+    """A tokenizer that has <s> and <unk> as ordinary pieces and knows few characters; and its pieces."""
+    pieces = [("<s>", 0.0), ("<unk>", 0.0)] + [(c, -2.0) for c in "<s>/abc \n"] + [("a b", -1.0)]
     bare = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=1))
-    bare.add_special_tokens(["<s>"])
-    ids, offsets = plain_encoder(PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>"))("a <s> b<s>")
-    assert 0 not in ids and offsets[-1] == (9, 10) and [pieces[i][0] for i in ids] == list("a <s> b<s>")
+    bare.normalizer = normalizer
+    bare.add_special_tokens(["<s>", "<unk>"])
+    return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>"), [piece for piece, _ in pieces]
 
 
-def test_the_llama_tokenizer_begins_with_bos_and_no_text_adds_one():
-    from transformers import AutoTokenizer
+def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_out(tmp_path):
+    tokenizer, pieces = unigram(tokenizers.normalizers.NFKC())
+    encode = plain_encoder(tokenizer)
+    for text in ("a <s> b<s>", "a \uff1cs\uff1e b<s>", "<s>" * 3000):  # the second becomes <s> in the normalizer
+        ids, offsets = encode(text)
+        assert 0 not in ids and offsets[-1][1] == len(text)
+        assert "".join(pieces[i] for i in ids) == text.replace("\uff1c", "<").replace("\uff1e", ">")
+    with pytest.raises(ValueError, match="special token"):
+        encode("a \U0001f600 b")
+    texts = [f"{'abc' * i} b a c s" * 4 for i in range(1, 9)] + ["a b \U0001f600 c" * 9] * 3
+    stream = windows(run(write(tmp_path / "a.jsonl", texts), prefix_tokens=4, completion_tokens=4), encode)
+    assert all("\U0001f600" not in "".join(stream[p]) for p in range(40))
+    assert "3 of those tried cannot be encoded" in stream.summary()
+
+
+@pytest.mark.parametrize("template", [PROMPT, "{text}", "<s>{text}"])
+def test_a_llama_prompt_begins_with_one_bos_whatever_the_text(template):
     tokenizer = AutoTokenizer.from_pretrained(shared("stories260k"))
-    ids, _ = plain_encoder(tokenizer)("Once <s> upon </s> a")
-    assert not {1, 2} & set(ids)
-    assert prompt_ids(tokenizer, plain_encoder(tokenizer), "Once </s> upon").count(1) == 1
+    ids = prompt_ids(tokenizer, plain_encoder(tokenizer), template, "Once </s> <s> upon")
+    assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
 
 
-def test_lone_surrogates_become_question_marks(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
-    assert data.read_documents(tmp_path / "a.jsonl") == ["a?b"]
-
-
-@pytest.mark.parametrize("text", ["one two three four five six", "caf\u00e9 \u2603\ufe0f \U0001f600\U0001f600\U0001f600 \u65e5\u672c\u8a9e", "x" * 50])
+@pytest.mark.parametrize("text", ["one two three four", "caf\u00e9 \u2603\ufe0f \U0001f600 \u65e5\u672c", "x" * 50])
 def test_clip_keeps_whole_characters_and_at_most_n_tokens(encode, text):
     before = "prefix "
     for n in range(12):
@@ -86,176 +107,176 @@ def test_clip_keeps_whole_characters_and_at_most_n_tokens(encode, text):
     assert clip(encode, before, text, 10_000)[0] == text
 
 
+def test_prompts_by_name_by_file_and_by_chat_template(tmp_path, qwen_tokenizer, demo, refusal, monkeypatch):
+    wanted = ('<|im_start|>system\nYou act as a causal model of language.\nExample:\n"""\nuser:\n<prefix>\nThe user '
+              "will present a prefix they wish for you to continue,\nthen you'll start at the last few words\n"
+              "</prefix>\nassistant:\n...last few words, then continuation starts,\nand you just keep generating, "
+              'without any other commentary.\n"""\n<|im_start|>user\n<prefix>\nX\n</prefix>\n'
+              '<|im_start|>assistant\n<think>\n')
+    ids = prompt_ids(qwen_tokenizer, plain_encoder(qwen_tokenizer), prompt_template("writeup"), "X")
+    assert qwen_tokenizer.decode(ids) == wanted and ids.count(151644) == 3 and ids.count(151667) == 1
+    file = tmp_path / "prompt.txt"
+    file.write_text("Go on: {text}")
+    assert prompt_template(str(file)) == prompt_template("Go on: {text}") == "Go on: " + prompt_template("plain")
+    chat = prompt_template("chat", qwen_tokenizer)
+    assert chat.startswith("<|im_start|>system\nYou act as a causal")
+    assert chat.endswith("\n{text}\n</prefix><|im_end|>\n<|im_start|>assistant\n<think>\n")
+    monkeypatch.setattr(qwen_tokenizer, "chat_template", "{% if messages[0].role == 'system' %}"
+                        "{{ raise_exception('no') }}{% endif %}[INST] {{ messages[0].content }} [/INST]<think>")
+    assert prompt_template("chat", qwen_tokenizer).endswith("</prefix> [/INST]<think>")
+    for content, wanted in ((b"{text}{text}", "2 times"), (b"x", "0 times"), (b"\xff{text}", "a text file")):
+        file.write_bytes(content)
+        assert wanted in refusal(prompt_template, str(file))
+    assert "give writeup, plain, chat" in refusal(prompt_template, "wirteup")
+    assert "no chat template" in refusal(prompt_template, "chat", demo[1])
+
+
+def test_a_prompt_that_does_not_fit_the_tokenizer_is_noted(demo):
+    thinking, foreign = prompt_notes(PROMPT, unigram()[0], 9)
+    assert "</think>" in thinking and "<|im_start|>" in foreign and "--prompt plain" in foreign
+    assert prompt_notes("{text}", unigram()[0], 0) == prompt_notes(PROMPT, demo[1], 9) == []
+
+
 # -----------------------------------------------------------------------------
 # windows
 
-def test_windows_are_a_pure_function_of_seed_and_position(corpus, encode):
-    first, again, other = (windows(corpus[0], encode, 12, 12, seed) for seed in (3, 3, 4))
-    ahead = again[400]  # a later position looked up before the earlier ones, and beyond the first epoch
-    assert [first[i] for i in range(401)] == [again[i] for i in range(401)] and first[400] == ahead
+def test_windows_are_a_pure_function_of_seed_and_position(tmp_path, encode, refusal):
+    corpus = write(tmp_path / "a.jsonl", DOCUMENTS)
+    first, later, other = (windows(run(corpus, seed=seed), encode) for seed in (3, 3, 4))
+    ahead = later[100_000]  # read before the others, many epochs on
+    assert [first[i] for i in range(400)] == [later[i] for i in range(400)] and first[100_000] == ahead
     assert [first[i] for i in range(20)] != [other[i] for i in range(20)]
+    assert windows(run(corpus, data_revision=first.revision), encode)[0]
+    assert "has changed" in refusal(windows, run(corpus, data_revision="other"), encode)
 
 
-def test_an_epoch_shows_every_document_once_and_no_held_out_one(corpus, encode):
-    path, texts = corpus
-    train, held = (windows(path, encode, 12, 12, 0, split=split) for split in ("train", "held_out"))
-    kept = [text for text in texts if not held_out(text)]
-    assert 0 < len(texts) - len(kept) < 30
-    owners = [[i for i, text in enumerate(texts) if "".join(train[p]) in text] for p in range(len(kept))]
-    assert all(any(not held_out(texts[i]) for i in owner) for owner in owners)
-    for position in range(20):
-        window = held[position]
-        assert any("".join(window) in text for text in texts if held_out(text))
-        assert not any("".join(window) in text for text in kept)
+def test_an_epoch_shows_every_document_once_and_no_held_out_one(tmp_path, encode):
+    kept = [text for text in DOCUMENTS if not held_out(text)]
+    corpus = run(write(tmp_path / "a.jsonl", DOCUMENTS))
+    train, held = (windows(corpus, encode, split) for split in ("train", "held_out"))
+    for epoch in range(2):
+        order = [train.texts[i] for i in train.order(epoch)]
+        assert sorted(order) == sorted(kept)
+        assert all("".join(train[epoch * len(kept) + place]) in text for place, text in enumerate(order))
+    assert train.order(0) != train.order(1)
+    assert 0 < held.num_documents == 300 - len(kept) < 30 and not set(held.texts) & set(kept)
+    assert 0.017 < sum(held_out(f"document {i}") for i in range(20_000)) / 20_000 < 0.023
 
 
-def test_two_percent_are_held_out_whatever_the_seed():
-    share = sum(held_out(f"document {i}") for i in range(20_000)) / 20_000
-    assert 0.017 < share < 0.023
+def test_documents_without_a_window_are_replaced_by_others(tmp_path, encode, monkeypatch, refusal):
+    odd = ["", " " * 5000, "\x00\x1b[31m" * 300, "\u202eabc \u200f" * 300, "word " * 9000, "\ud800 x" * 300]
+    short = ["alpha beta gamma " * 2] * 300
+    monkeypatch.setattr(data, "TRIES", 20)
+    for few in (2000, 50):  # all documents are checked at the start, or a sample
+        monkeypatch.setattr(data, "FEW", few)
+        path = write(tmp_path / "a.jsonl", DOCUMENTS[:100] + odd + short)
+        stream = windows(run(path, num_steps=9, batch_size=9), encode)
+        batch = [stream[p] for p in range(300)]
+        assert len({window.prefix for window in batch}) > 200
+        assert all(window.prefix.strip() and window.truth.strip() for window in batch)
+        assert ("about " in stream.summary()) == (few == 50) and "epochs" in stream.summary()
+    stream = windows(run(write(tmp_path / "b.jsonl", short)), encode)
+    assert "no text longer than 24 tokens" in refusal(lambda: stream[0])
 
 
-@pytest.mark.parametrize("source", ["corpus", "pile", "demo"])
-def test_neither_side_of_the_cut_begins_or_ends_with_its_white_space(source, corpus, encode):
-    path = {"corpus": corpus[0], "pile": None, "demo": "demo"}[source] or str(shared("pile/pile_200.jsonl"))
-    stream = windows(path, encode, 40, 24, 0)
-    texts = corpus[1] if source == "corpus" else None
-    inside = 0
-    for position in range(150):
-        prefix, sep, truth = stream[position]
+@pytest.mark.parametrize("source", ["corpus", "pile"])
+def test_neither_side_of_the_cut_begins_or_ends_with_its_white_space(source, tmp_path, encode):
+    path = shared("pile/pile_200.jsonl") if source == "pile" else write(tmp_path / "a.jsonl", DOCUMENTS)
+    stream = windows(run(path, prefix_tokens=40, completion_tokens=24), encode)
+    batch = [stream[position] for position in range(150)]
+    for prefix, sep, truth in batch:
         assert not prefix[-1].isspace() and not truth[0].isspace() and (sep == "" or sep.isspace())
-        assert len(clip(encode, prefix + sep, truth, 1000)[0]) == len(truth)
-        assert 0 < clip(encode, prefix + sep, truth, 1000)[1] <= 25  # cut at 24, and told again after the cut
-        inside += sep == ""
-        assert texts is None or any(prefix + sep + truth in text for text in texts)
-    assert inside < 5  # a window without any white space is cut at a token; real texts have next to none
+        assert 0 < clip(encode, prefix + sep, truth, 1000)[1] <= 25  # cut at 24; the cut may add one
+        assert source == "pile" or any(prefix + sep + truth in text for text in DOCUMENTS)
+    assert sum(sep == "" for _, sep, _ in batch) < 5
 
-
-def test_truths_begin_as_words_do_in_the_text_at_large(encode):
-    # the first character of a truth is that of a word drawn from the text: cutting adds no class of its own
-    stream = windows(str(shared("pile/pile_200.jsonl")), encode, 40, 24, 0)
-    first = [stream[p].truth[0] for p in range(400)]
-    words = [word[0] for p in range(400) for word in stream[p].truth.split()[1:-1]]
-    for kind in (str.islower, str.isupper, str.isdigit, str.isalpha):
-        at_cut, inside = sum(map(kind, first)) / len(first), sum(map(kind, words)) / len(words)
-        assert abs(at_cut - inside) < 0.12, kind
-
-
-def test_a_window_without_white_space_is_cut_at_a_token(encode):
-    text = "x" * 400
-    window = cut_window(encode, text, encode(text)[1], 0, 10, 10)
-    assert window.sep == "" and window.prefix and window.truth and text.startswith(window.prefix + window.truth)
-
-
-@pytest.mark.parametrize("text", ["", " " * 5000, "\n" * 5000, "\x00\x1b[31m" * 300, "\u202eabc \u200f" * 300, "word " * 3000, "\ud800 x" * 300, "\ufffd " * 900])
-def test_hostile_documents_are_used_or_counted_out(text, encode, tmp_path):
-    lines = [json.dumps({"text": t}) for t in [text] * 5 + documents(60)]
-    (tmp_path / "hostile.jsonl").write_text("\n".join(lines))
-    stream = windows(str(tmp_path / "hostile.jsonl"), encode, 12, 12, 0)
-    for position in range(80):
-        assert stream[position].prefix.strip() and stream[position].truth.strip()
-
-
-def test_a_single_line_of_fifty_megabytes_is_read_through_a_slice(encode, tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "lorem ipsum dolor " * 2_800_000}) + "\n")
-    window = windows(str(tmp_path / "long.jsonl"), encode, 12, 12, 0)[0]
-    assert window.prefix and window.truth
+@pytest.mark.parametrize("text", ["x" * 400, "first line\n" + "\u65e5\u672c\u8a9e\u306e\u6587" * 100])
+def test_the_cut_moves_back_by_a_bounded_distance(encode, text):
+    offsets = encode(text)[1]
+    half = len(offsets) // 2
+    prefix, sep, truth = cut_window(encode, text, offsets, 0, half, 10)
+    assert sep == "" and prefix == text[:offsets[half][0]] and text.startswith(prefix + truth)
 
 
 # -----------------------------------------------------------------------------
-# files
+# files and streams
 
-def write(path, texts):
-    """Texts as one file of the kind that its name says."""
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(lines))
-    elif path.name.endswith(".zst"):
-        path.write_bytes(zstandard.compress(lines))
-    elif path.name.endswith(".parquet"):
-        import pyarrow
-        import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
-    else:
-        path.write_bytes(lines)
-    return str(path)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "[a].csv", "a.parquet", "a.arrow"])
 def test_every_format_gives_the_same_texts(name, tmp_path):
-    assert data.read_documents(write(tmp_path / name, documents(9))) == documents(9)
+    assert data.read_documents(str(write(tmp_path / name, DOCUMENTS[:9]))) == DOCUMENTS[:9]
 
 
-def test_folders_are_read_in_order_and_text_files_are_one_document(tmp_path):
-    (tmp_path / "sub").mkdir()
-    write(tmp_path / "sub" / "b.jsonl.gz", ["three"])
-    write(tmp_path / "a.jsonl", ["one", "two"])
-    (tmp_path / "z.txt").write_bytes(b"four\nlines \xff")
-    (tmp_path / "ignored.md").write_text("no")
-    assert data.read_documents(str(tmp_path)) == ["one", "two", "three", "four\nlines \ufffd"]
-
-
-def test_the_piles_own_format_is_read():
-    texts = data.read_documents(str(shared("pile/pile_sample.jsonl.zst")))
-    assert len(texts) == 4011 and all(isinstance(text, str) for text in texts)
-
-
-def test_the_pile_is_streamed_from_a_shard_that_the_seed_chooses(tmp_path, monkeypatch, encode):
-    for shard in range(3):
-        write(tmp_path / f"train-{shard}.jsonl.zst", [f"shard {shard} " + text for text in documents(40)])
-    monkeypatch.setattr(data, "PILE", str(tmp_path))
-    for seed in (0, 1, 2):
-        stream = data.pile(seed)
-        assert next(stream).startswith(f"shard {seed} ")
-        assert sum(1 for _ in stream) == 119  # the other shards follow
-    first, again = (windows("pile", encode, 12, 12, 5) for _ in range(2))
-    assert again[130] == first[130] and again[3] == first[3]
+def test_folders_are_read_in_order_with_links_and_without_hidden_names(tmp_path):
+    for folder in ("in/.git", "in/sub", "beside"):
+        (tmp_path / folder).mkdir(parents=True)
+    root = tmp_path / "in"
+    write(root / "sub" / "b.jsonl.gz", ["three"])
+    (root / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "a\\ud800b"}\n')  # BOM, lone surrogate
+    (root / "z.txt").write_bytes(b"four\nlines \xff")
+    for hidden in ("._z.txt", ".git/x.md", "unknown.bin"):
+        (root / hidden).write_text("no")
+    long = "\n\n".join(DOCUMENTS[:100])
+    (tmp_path / "beside/c.md").write_text(long)
+    (root / "zz").symlink_to(tmp_path / "beside")
+    (root / "sub/loop").symlink_to(root)
+    one, two, three, four, *parts = data.read_documents(str(root))
+    assert (one, two, three, four) == ("one", "a?b", "three", "four\nlines \ufffd")
+    assert "".join(parts) == long
+    assert all(10_000 <= len(part) <= 20_002 and part.endswith("\n\n") for part in parts[:-1])
 
 
 def test_a_few_bad_lines_are_named_and_left_out(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", documents(400))
-    with open(path, "a") as file:
-        file.write('{"text": 5}\n{"torn": "lin\n\n')
-    assert len(data.read_documents(path)) == 400
-    told = capsys.readouterr().err
-    assert "2 of 402" in told and "a.jsonl:401" in told and "a.jsonl:402 (not JSON)" in told
+    path = write(tmp_path / "a.jsonl", DOCUMENTS)
+    path.write_text(path.read_text() + '{"text": 5}\n{"torn": "lin')
+    assert len(data.read_documents(str(path))) == 300
+    printed = capsys.readouterr().err
+    assert "2 of 302" in printed and "record 301 (text)" in printed and "a.jsonl: record 302 (not JSON)" in printed
 
 
-BAD = {
-    "missing": (lambda d: str(d / "none.jsonl"), {}, "does not exist"),
-    "a suffix of no known kind": (lambda d: str((d / "a.csv").write_text("x") and d / "a.csv"), {}, "is none of"),
-    "an empty folder": (lambda d: str(d), {}, "is none of"),
-    "not JSON": (lambda d: str((d / "a.jsonl").write_text("hello\n") and d / "a.jsonl"), {}, "not JSON"),
-    "another field": (lambda d: write(d / "a.jsonl", ["x"]), {"text_field": "content"}, "--text_field content"),
-    "another column": (lambda d: write(d / "a.parquet", ["x"]), {"text_field": "content"}, "no column --text_field content"),
-    "not gzip": (lambda d: str((d / "a.jsonl.gz").write_text("x") and d / "a.jsonl.gz"), {}, "cannot be read"),
-    "not zstandard": (lambda d: str((d / "a.jsonl.zst").write_text("x") and d / "a.jsonl.zst"), {}, "cannot be read"),
-    "not parquet": (lambda d: str((d / "a.parquet").write_text("x") and d / "a.parquet"), {}, "cannot be read"),
-    "texts too short": (lambda d: write(d / "a.jsonl", ["too short", "as well"]), {}, "no text longer than 24 tokens"),
-    "no text at all": (lambda d: write(d / "a.jsonl", []), {}, "no documents"),
+ZST, GZ = zstandard.compress(os.urandom(9999)), gzip.compress(b"x" * 99999)
+BAD = {  # name of the file, its content, what the error says
+    "missing": ("a.jsonl", None, "does not exist"), "unknown kind": ("a.bin", b"x", "is none of"),
+    "not JSON": ("a.jsonl", b"hello\n", "not JSON"), "half a .json": ("a.json", b'[{"text": "a', "cannot be read"),
+    "other field": ("a.jsonl", b'{"c": "x"}\n', "(c)"), "other column": ("a.csv", b"content\nx\n", "(content)"),
+    "not zst": ("a.jsonl.zst", b"x", "cannot be read"), "half .zst": ("a.jsonl.zst", ZST[:5000], "cannot be read"),
+    "bad .gz": ("a.jsonl.gz", GZ[:60] + b"\xff" * 20 + GZ[80:], "cannot"), "half .gz": ("a.jsonl.gz", GZ[:60], "not"),
+    "not parquet": ("a.parquet", b"x", "cannot be read"), "not arrow": ("a.arrow", b"ARROW1 x", "cannot be read"),
+    "too short": ("a.jsonl", b'{"text": "a b"}\n', "no text longer than 24"), "empty": ("a.md", b"", "no text longer"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_source_is_one_line_that_names_the_flag(name, tmp_path, encode, capsys):
-    make, options, wanted = BAD[name]
-    with pytest.raises(SystemExit) as error:
-        windows(make(tmp_path), encode, 12, 12, 0, **options)[0]
-    told = capsys.readouterr().err
-    assert error.value.code == 2 and wanted in told and "--data" in told and told.count("\n") == 1
+def test_a_bad_source_is_one_line_that_names_the_flag(name, tmp_path, encode, refusal):
+    file, content, wanted = BAD[name]
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    printed = refusal(windows, run(tmp_path / file), encode)
+    assert wanted in printed and "--data" in printed
 
 
-def test_the_pile_out_of_reach_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(data, "PILE", "no-such-owner/no-such-dataset")
-    with pytest.raises(SystemExit) as error:
-        next(data.pile(0))
-    assert error.value.code == 2 and "--data pile" in capsys.readouterr().err
+@pytest.mark.parametrize("source", ["pile", "hub:user/name:train"])
+def test_a_stream_reads_floor_and_warm_up_first_and_can_be_entered_anywhere(source, tmp_path, encode, monkeypatch):
+    import datasets
+    for shard in range(3):
+        write(tmp_path / f"train-{shard}.jsonl.zst", [f"shard {shard} " + text for text in DOCUMENTS[:40]])
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda repo, config, revision, **kw: load(str(tmp_path), **kw))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo: Namespace(sha=f"commit of {repo}"))
+    monkeypatch.setattr(data, "KEEP", 8)
+    flags = run(source, num_steps=20, batch_size=4, floor_sequences=10, d_warmup=2, seed=1)
+    stream = windows(flags, encode)
+    assert stream.count == 1 and stream.revision.startswith("commit of ")
+    needed = [stream[p] for p in range(70, 88)]  # the run's last 10 windows, then those of the warm-up
+    assert stream.count == 18
+    rest = [stream[p] for p in range(88)]
+    assert rest[70:] == needed and stream.count == 88 and len(stream.seen) <= 18 + 8
+    resumed = windows(flags, encode)
+    assert resumed[60] == rest[60] and resumed[3] == rest[3]  # ahead, then back to one that was forgotten
+    assert windows(flags, encode)[200] == stream[200]  # past the run, epochs later
+    assert windows(run(source, num_steps=20, batch_size=4), encode).count == 1  # neither floor nor warm-up
 
 
-def test_the_demo_corpus_is_read_from_source_files_without_importing_them(tmp_path):
-    module = tmp_path / "module.py"
-    module.write_text(f'raise SystemExit\ndef f():\n    """{"Long text. " * 60}"""\n\nclass C:\n    """short"""\n')
-    assert data.docstrings(module) == [("Long text. " * 60).strip()]
-    module.write_text("def broken(:")
-    assert data.docstrings(module) == []
-    texts = data.demo_corpus()
-    assert len(texts) > 1000 and min(map(len, texts)) >= 600 and len(set(texts)) == len(texts)
+def test_a_stream_that_is_out_of_reach_is_one_line(encode, refusal):
+    printed = refusal(windows, run("hub:no-such-owner/no-such-set"), encode)
+    assert "--data hub:no-such-owner/no-such-set" in printed and "local path" in printed
+    assert "hub:user/name" in refusal(windows, run("hub:name"), encode)

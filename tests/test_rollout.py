@@ -1,199 +1,178 @@
+"""The state machine of a rollout by hand-made replies, what is drawn and by which numbers, and what is trained."""
+import argparse
+import types
+
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer
 
 from conftest import shared
-from data import bos_ids, plain_encoder, prompt_ids
-from model import causal_lm, hidden_states, load_model, token_logps
-from reward import policy_loss
-from rollout import COMPLETION, THINKING, rollout, rules, strip_echo, taught
+from data import Window, prompt_template
+from model import FORBIDDEN
+from rollout import COMPLETION, THINKING, Rules, Writer, draw, keyed, rollout, rules, sampled_stats, strip_echo
+from sampler import Sampler, Step
 
-PREFIXES = ["Return the", "A much longer prefix, so that the prompts of a batch are not of one length:\n\n    >>> x = 1", "x"]
-
-
-def prompts_of(tokenizer):
-    return [prompt_ids(tokenizer, plain_encoder(tokenizer), prefix) for prefix in PREFIXES]
+STOP, THINK_END, PAD = 1, 2, 9
+PREFIXES = ["Return the", "A much longer prefix, so that prompts differ in length:\n\n    >>> x = 1", "x"]
 
 
-def sampled(tiny, **kwargs):
-    model, tokenizer = tiny
-    model.set_adapter("generator")
-    settings = dict(reasoning_tokens=6, completion_tokens=9, generator=torch.Generator().manual_seed(0)) | kwargs
-    rule = rules(tokenizer, model)
-    return model, rule, rollout(model, prompts_of(tokenizer), rule, **settings)
+class Scripted:
+    """A sampler and its reader in one: at each step, every row wants the next id of its script."""
+
+    def __init__(self, script, V):
+        self.script, self.head = script, torch.nn.Linear(64, V, bias=False).requires_grad_(False)
+        self.head.weight.copy_(torch.nn.functional.normalize(torch.randn(V, 64, generator=keyed("head"))))  # (V, H)
+        self.model = types.SimpleNamespace(device=torch.device("cpu"), get_output_embeddings=lambda: self.head,
+                                           generation_config=types.SimpleNamespace(eos_token_id=None))
+
+    def sync(self, adapter):
+        self.adapter = adapter
+
+    def decoder(self, key, rows, width, make_reply):
+        reply = make_reply()
+        return self, reply, Step(lambda: reply.advance(self.read(reply.token)), False)
+
+    def begin(self, prompts, pad_id):
+        self.prompts, self.step = prompts, -1
+        return self.read(None)
+
+    def read(self, token):
+        self.step += 1
+        return 20 * self.head.weight[[row[min(self.step, len(row) - 1)] for row in self.script]]  # (B, H)
 
 
-def learner_logps(model, rule, roll, rows, temperature=1.0):
-    mask, hidden = roll.sampled[rows], hidden_states(model, roll.ids[rows])
-    kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)[mask]
-    return token_logps(model, hidden[:, :-1][mask[:, 1:]], roll.ids[rows][mask], rule.blocked, kind, temperature=temperature), hidden
+def scripted(rows, reasoning_tokens=3, close=(2, 3), think_end=THINK_END):
+    """A greedy rollout of four completion tokens in which the rows want these ids, and its sampler."""
+    blocked, B = torch.zeros(2, 16, dtype=torch.bool), len(rows)  # (2, V)
+    blocked[THINKING, STOP] = blocked[COMPLETION, THINK_END] = think_end >= 0
+    rule = Rules(torch.tensor([STOP]), torch.tensor(close, dtype=torch.long), think_end, blocked, PAD)
+    sampler, prompts = Scripted(rows, 16), [[5, 6, 7][:i % 3 + 1] for i in range(B)]
+    return rollout(sampler, prompts, rule, reasoning_tokens, 4, 0, [(0, i) for i in range(B)]), sampler
 
 
-def make_unequal(rule):
-    """Rules under which rows of a random model end at different times: many ids close the completion."""
-    return rule._replace(stop=torch.arange(0, 400))
+def behind(roll, i):
+    """Row i behind its prompt: ids, and sampled and thinking as strings in which x is yes."""
+    size = i % 3 + 1
+    assert not (roll.sampled | roll.thinking)[i, :size].any()
+    assert torch.equal(roll.logps[i] < 0, roll.sampled[i]) and not roll.logps[i][~roll.sampled[i]].any()
+    masks = ("".join(".x"[yes] for yes in mask[i, size:].tolist()).rstrip(".") for mask in (roll.sampled, roll.thinking))
+    return roll.ids[i, size:].tolist(), *masks
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampler_and_learner_agree_batched_and_alone(tiny, temperature):
-    model, tokenizer = tiny
-    model.set_adapter("generator")
-    rule = make_unequal(rules(tokenizer, model))
-    roll = rollout(model, prompts_of(tokenizer) * 4, rule, 6, 9, temperature, torch.Generator().manual_seed(0))
-    assert len({len(reply) for reply in roll.reply}) > 1
-    stats, _ = learner_logps(model, rule, roll, list(range(12)), temperature)
-    torch.testing.assert_close(stats.logp, roll.logps[roll.sampled], rtol=1e-4, atol=1e-5)
-    for i in range(12):
-        stats, _ = learner_logps(model, rule, roll, [i], temperature)
-        torch.testing.assert_close(stats.logp, roll.logps[i][roll.sampled[i]], rtol=1e-4, atol=1e-5)
+ROWS = [  # ids that a row wants (0 where one is forced), the ids it gets, sampled, thinking, think_closed
+    ([5, 2, 0, 6, 7, 1], [5, 2, 3, 6, 7, 1], "xx.xxx", "xx", True),
+    ([5, 5, 5, 0, 0, 6, 7, 8, 4], [5, 5, 5, 2, 3, 6, 7, 8, 4], "xxx..xxxx", "xxx", False),  # both budgets are spent
+    ([5, 5, 2, 0, 6, 1], [5, 5, 2, 3, 6, 1], "xxx.xx", "xxx", True),  # closed with the last token of the budget
+    ([2, 0, 1], [2, 3, 1], "x.x", "x", True)]  # both parts are empty
 
 
-class Force(LogitsProcessor):
-    """What `generate` needs to be told to write as rollout does: forbidden ids, and the closing at the budget."""
-
-    def __init__(self, rule, start, budget):
-        self.rule, self.start, self.budget = rule, start, budget
-
-    def __call__(self, ids, scores):
-        new, close = ids[0, self.start:].tolist(), self.rule.close.tolist()
-        out = torch.full_like(scores, float("-inf"))
-        end = new.index(self.rule.think_end) if self.rule.think_end in new else None
-        if end is None and len(new) < self.budget:
-            V = self.rule.blocked.shape[1]
-            out[:, :V] = scores[:, :V].masked_fill(self.rule.blocked[THINKING], float("-inf"))
-        elif end is None or len(new) - end < len(close):
-            out[0, close[0 if end is None else len(new) - end]] = 0.0
-        else:
-            V = self.rule.blocked.shape[1]
-            out[:, :V] = scores[:, :V].masked_fill(self.rule.blocked[COMPLETION], float("-inf"))
-        return out
+def test_thinking_closes_by_itself_or_at_its_budget_and_only_drawn_tokens_are_sampled():
+    roll, sampler = scripted([row[0] for row in ROWS])
+    for i, (_, ids, sampled, thinking, _) in enumerate(ROWS):
+        got, *masks = behind(roll, i)
+        assert got[:len(ids)] == ids and {*got[len(ids):]} <= {PAD} and masks == [sampled, thinking]
+    assert roll.think_closed.tolist() == [row[4] for row in ROWS] and roll.shared == 1 and sampler.step == 8
+    assert roll.think == [[5], [5, 5, 5], [5, 5], []] and roll.reply == [[6, 7], [6, 7, 8, 4], [6], []]
+    alone, sampler = scripted([ROWS[0][0]])
+    assert alone.ids[0].tolist() == roll.ids[0, :7].tolist() and sampler.step == 5  # ends with its last row
 
 
-@pytest.mark.parametrize("which", ["tiny", "demo"])
-def test_greedy_rollout_equals_generate_with_the_same_rules(which, tiny, demo):
-    model, tokenizer = tiny if which == "tiny" else demo
-    rule, prompts = rules(tokenizer, model), prompts_of(tokenizer)
-    roll = rollout(model, prompts, rule, 5, 12, temperature=0)
-    for i, prompt in enumerate(prompts):
-        think = len(roll.think[i]) + len(rule.close)
-        wanted = model.generate(
-            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            max_new_tokens=think + 12, eos_token_id=rule.stop.tolist(), pad_token_id=rule.pad,
-            logits_processor=LogitsProcessorList([Force(rule, len(prompt), 5)]))[0].tolist()
-        assert roll.ids[i, :len(wanted)].tolist() == wanted
-        assert not roll.sampled[i, len(wanted):].any()
+@pytest.mark.parametrize("reasoning_tokens, close, think_end, row, ids, sampled, thinking", [
+    (0, (2, 3), THINK_END, [6, 1], [2, 3, 6, 1], "..xx", ""),               # no thinking: its closing is prompt
+    (0, (), THINK_END, [6, 1], [6, 1], "xx", ""),                           # nothing to close
+    (2, (), THINK_END, [5, 5, 6, 1], [5, 5, 6, 1], "xxxx", "xx"),           # closed without a token
+    (2, (4, 3, 3), -1, [5, 2, 0, 0, 0, 6, 1], [5, 2, 4, 3, 3, 6, 1], "xx...xx", "xx")])  # </think> is no single id
+def test_a_closing_of_any_length_is_forced(reasoning_tokens, close, think_end, row, ids, sampled, thinking):
+    roll, sampler = scripted([row], reasoning_tokens, close, think_end)
+    assert behind(roll, 0) == (ids, sampled, thinking) and not roll.think_closed.any()
+    assert sampler.prompts == [[5, *close] if reasoning_tokens == 0 else [5]]
 
 
-def test_a_taught_rollout_trains_the_given_completions_after_the_drawn_thinking(tiny):
-    model, rule, roll = sampled(tiny)
-    prompts, answers = prompts_of(tiny[1]), [[100, 101, 102], [103], [104, 105]]
-    told = taught(roll, prompts, answers, rule)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        row = prompt + roll.think[i] + rule.close.tolist() + answer
-        assert told.ids[i, :len(row)].tolist() == row and told.sampled[i].sum() == len(answer)
-        assert told.ids[i][told.sampled[i]].tolist() == answer and not told.thinking[i].any()
-    model.set_adapter("generator")
-    stats, _ = learner_logps(model, rule, told, [0, 1, 2])
-    policy_loss(stats.logp, stats.kl, torch.ones(6), 0.0, 6).backward()
-    loss = torch.nn.functional.cross_entropy(causal_lm(model)(told.ids).logits[:, :-1][told.sampled[:, 1:]][:, :rule.blocked.shape[1]],
-                                             torch.tensor(sum(answers, [])))
-    assert loss.item() == pytest.approx(-stats.logp.mean().item(), rel=1e-4)
+def test_forbidden_ids_are_never_drawn_however_much_they_are_wanted():
+    (roll, _), drawn = scripted([[1, 1, 1, 0, 0, 2, 2, 2, 2]]), "xxx..xxxx"
+    ids, *masks = behind(roll, 0)
+    assert masks == [drawn, "xxx"] and STOP not in ids[:3] and THINK_END not in ids[5:]
 
 
-def test_only_sampled_positions_carry_gradient_the_stop_id_among_them(tiny):
-    model, tokenizer = tiny
-    model.set_adapter("generator")
-    rule = make_unequal(rules(tokenizer, model))
-    prompts = prompts_of(tokenizer)
-    roll = rollout(model, prompts, rule, 6, 30, generator=torch.Generator().manual_seed(0))
-    hidden = hidden_states(model, roll.ids).detach().requires_grad_()
-    kind = torch.where(roll.thinking, THINKING, COMPLETION)[roll.sampled]
-    stats = token_logps(model, hidden[:, :-1][roll.sampled[:, 1:]], roll.ids[roll.sampled], rule.blocked, kind, hidden.detach()[:, :-1][roll.sampled[:, 1:]] + 0.1)
-    policy_loss(stats.logp, stats.kl, torch.ones(len(kind)), 0.05, 10).backward()
-    carries = torch.zeros_like(roll.sampled)
-    carries[:, 1:] = hidden.grad.abs().sum(-1)[:, :-1] > 0
-    assert torch.equal(carries, roll.sampled)
-    stopped = 0
-    for i, prompt in enumerate(prompts):
-        reply = len(prompt) + len(roll.think[i]) + int(roll.think_closed[i])
-        forced = rule.close.tolist()[int(roll.think_closed[i]):]
-        assert roll.ids[i, reply:reply + len(forced)].tolist() == forced
-        assert not carries[i, :len(prompt)].any() and not carries[i, reply:reply + len(forced)].any()
-        end = reply + len(forced) + len(roll.reply[i])
-        if len(roll.reply[i]) < 30:
-            stopped += 1
-            assert int(roll.ids[i, end]) in rule.stop.tolist() and carries[i, end]
-            end += 1
-        assert not carries[i, end:].any()
-    assert stopped
+def test_draws_have_the_models_probabilities_and_their_log_probs():
+    logits, N = torch.randn(1, 6, generator=keyed("logits")), 40_000
+    logits[0, [0, 2, 5]] = FORBIDDEN
+    p = logits.double().softmax(-1)[0]  # (V,)
+    drawn, logps = draw(logits.repeat(N, 1), torch.rand(N, dtype=torch.double, generator=keyed("draw")))
+    share = torch.bincount(drawn, minlength=6) / N  # (V,)
+    assert not share[[0, 2, 5]].any() and ((share - p).abs() <= 4 * (p * (1 - p) / N).sqrt()).all()
+    torch.testing.assert_close(logps.double(), p.log()[drawn], rtol=1e-6, atol=1e-6)
+    ends, _ = draw(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.double))
+    assert ends.tolist() == [1, 4]
+    greedy, logp = draw(torch.tensor([[0.0, 2.0, 1.0]]), None)
+    assert greedy.item() == 1 and logp.item() == pytest.approx(-0.407606, abs=1e-6)  # -log(1 + 1/e + 1/e^2)
 
 
-@pytest.mark.parametrize("reasoning_tokens", [0, 1, 7])
-def test_thinking_keeps_its_budget_and_its_closing_is_forced(tiny, reasoning_tokens):
-    model, rule, roll = sampled(tiny, reasoning_tokens=reasoning_tokens)
-    assert all(len(think) <= reasoning_tokens for think in roll.think)
-    assert all(rule.think_end in row for row in roll.ids.tolist())
-    assert all(len(reply) <= 9 for reply in roll.reply)
+def writer_of(sampler, tokenizer, prompt="writeup", **flags):
+    flags = dict(reasoning_tokens=6, completion_tokens=9, echo_tokens=4, prefix_tokens=20, temperature=1.0, seed=3) | flags
+    return Writer(sampler, tokenizer, argparse.Namespace(prompt=prompt_template(prompt), **flags))
 
 
-def test_thinking_that_closes_itself_is_trained_on_its_closing(tiny):
-    model, tokenizer = tiny
-    model.set_adapter("generator")
-    rule, prompts = rules(tokenizer, model), prompts_of(tokenizer)
-    only = rule.blocked.clone()
-    only[THINKING] = True
-    only[THINKING, [rule.think_end, 50, 51]] = False  # one chance in about three to close
-    roll = rollout(model, prompts * 4, rule._replace(blocked=only), 40, 3, generator=torch.Generator().manual_seed(0))
-    assert roll.think_closed.all() and len({len(think) for think in roll.think}) > 1
-    closing = (roll.ids == rule.think_end) & roll.sampled
-    assert (closing.sum(1) == 1).all() and roll.thinking[closing].all()
+def test_a_reply_depends_on_seed_purpose_and_position_and_on_no_other_row(tiny):
+    writer = writer_of(Sampler(tiny[0], torch.float32, static=False), tiny[1])
+    windows = [Window(prefix, " ", "truth") for prefix in PREFIXES]
+    whole, part, floor = (writer.write(windows[first:], "generator", purpose, 5 + first).roll
+                          for first, purpose in ((0, "rollout"), (1, "rollout"), (0, "floor")))
+    assert part.reply == whole.reply[1:] and part.think == whole.think[1:] and floor.reply != whole.reply
+    assert len({tuple(reply) for reply in writer.write(windows[:1] * 3, "generator", "rollout", 5).roll.reply}) == 3
+    assert keyed(3, "rollout", 5).initial_seed() == 68286343494812848  # the same in every process and on every machine
 
 
-def test_forbidden_ids_never_come(tiny):
-    model, rule, roll = sampled(tiny, completion_tokens=60)
-    vocab, ids = tiny[1].get_vocab(), roll.ids[roll.sampled]
-    thinking = roll.thinking[roll.sampled]
-    assert ids.max() < len(tiny[1]) < causal_lm(model).config.vocab_size
-    assert not torch.isin(ids[thinking], rule.stop).any()
-    assert not torch.isin(ids[~thinking], torch.tensor([vocab["<think>"], vocab["</think>"]])).any()
-    assert rule.blocked[THINKING, vocab["<think>"]] and rule.blocked[COMPLETION, vocab["</think>"]]
-    assert not rule.blocked[THINKING, vocab["</think>"]] and not rule.blocked[COMPLETION, vocab["<|im_end|>"]]
+@pytest.mark.parametrize("prompt, thinking", [("plain", 0), ("writeup", 4)])
+@pytest.mark.parametrize("completion_tokens", [5, 40])
+def test_what_is_cut_off_the_text_is_not_sampled(prompt, thinking, completion_tokens, demo, encode):
+    tokenizer, window = demo[1], Window("Return a new array of the given", "\n", "truth")
+    reply = "... of the given shape and type, filled with zeros, unless the caller asks for ones."
+    words = encode(reply)[0] + [tokenizer.eos_token_id]
+    sampler = Scripted([words], 4096)
+    writer = writer_of(sampler, tokenizer, prompt, reasoning_tokens=thinking, completion_tokens=completion_tokens)
+    close = writer.rules.close.tolist()
+    assert (close == []) == (prompt == "plain")
+    sampler.script = [[50, 51, *close, *words] if thinking else words]
+    roll, (text,), (size,) = writer.write([window], "generator", "rollout", 0)
+    assert sampler.adapter == "generator" and roll.think == [[50, 51] if thinking else []]
+    trained = roll.ids[roll.sampled & ~roll.thinking].tolist()
+    assert reply.startswith("... of the given " + text) and roll.thinking.sum() == (3 if thinking else 0)
+    assert roll.sampled[roll.thinking].all()
+    if completion_tokens == 40:
+        assert reply.endswith(text) and trained == words
+    else:
+        assert size == 5 and writer.decode(trained) == "... of the given " + text
 
 
-def test_the_same_generator_gives_the_same_rollout(tiny):
-    first, again, other = (sampled(tiny, generator=torch.Generator().manual_seed(seed))[2] for seed in (5, 5, 6))
-    assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
+def test_rules_stop_at_every_end_and_forbid_what_has_no_place(tiny):
+    rule, vocab = rules(tiny[1], tiny[0]), tiny[1].get_vocab()
+    end, opening = vocab["<|im_end|>"], vocab["<think>"]
+    assert {end, tiny[1].eos_token_id} <= {*rule.stop.tolist()} and rule.close.tolist()[0] == vocab["</think>"]
+    assert rule.blocked[THINKING, rule.stop].all() and not rule.blocked[COMPLETION, rule.stop].any()
+    assert rule.blocked[:, opening].all() and rule.blocked[:, rule.think_end].tolist() == [False, True]
+    assert rule.blocked.shape == (2, 4096)  # the ids that the tokenizer lacks are sliced off
 
 
-def test_a_tokenizer_without_think_tokens_ends_thinking_by_budget_alone():
-    model, tokenizer = load_model(str(shared("stories260k")), "none", "fp32", "cpu")
-    rule = rules(tokenizer, model)
-    assert rule.think_end == -1 and tokenizer.eos_token_id in rule.stop.tolist()
-    prompts = prompts_of(tokenizer)
-    assert all(prompt[0] == tokenizer.bos_token_id == bos_ids(tokenizer)[0] for prompt in prompts)
-    roll = rollout(model, prompts, rule, 4, 8, generator=torch.Generator().manual_seed(0))
-    assert [len(think) for think in roll.think] == [4, 4, 4] and not roll.think_closed.any()
-    for i, prompt in enumerate(prompts):
-        at = len(prompt) + 4
-        assert roll.ids[i, at:at + len(rule.close)].tolist() == rule.close.tolist()
-    stats, _ = learner_logps(model, rule, roll, [0, 1, 2])
-    torch.testing.assert_close(stats.logp, roll.logps[roll.sampled], rtol=1e-4, atol=1e-5)
+def test_a_tokenizer_without_think_tokens_has_a_closing_of_several(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(shared("stories260k"))
+    rule = rules(tokenizer, Scripted([], len(tokenizer)).model)
+    assert rule.think_end == -1 and len(rule.close) > 2 and tokenizer.eos_token_id in rule.stop.tolist()
 
 
 @pytest.mark.parametrize("reply, words, wanted", [
-    ("jumps over the lazy dog", 16, "jumps over the lazy dog"),         # no echo
-    ("brown fox jumps over", 16, "jumps over"),                          # two words
-    ("...brown fox jumps over", 16, "jumps over"),                       # an ellipsis before them
-    ("\u2026 brown fox\n\njumps", 16, "jumps"),                          # another, white space of any kind
-    ("The quick brown fox jumps", 16, "jumps"),                          # the whole prefix
-    ("The quick brown fox jumps", 2, "The quick brown fox jumps"),       # echoes of at most two words: this is none
-    ("fox jumps over", 16, "fox jumps over"),                            # one word is no echo
-    ("brown foxes jump", 16, "brown foxes jump"),                        # whole words only
-    ("quick brown dogs", 16, "quick brown dogs"),                        # not the last words
-    ("... and then", 16, "... and then"),                                # an ellipsis without an echo stays
-    ("brown fox", 16, ""),                                               # nothing but an echo
-    ("  \n brown fox jumps", 0, "brown fox jumps"),                      # off: white space goes all the same
-    ("", 16, ""),
-])
+    ("jumps over the lazy dog", 16, "jumps over the lazy dog"),    # no echo
+    ("brown fox jumps over", 16, "jumps over"),                    # two words
+    ("...brown fox jumps over", 16, "jumps over"),                 # an ellipsis before them
+    ("\u2026 brown fox\n\njumps", 16, "jumps"),                    # another, white space of any kind
+    ("The quick brown fox jumps", 16, "jumps"),                    # the whole prefix
+    ("The quick brown fox jumps", 2, "The quick brown fox jumps"), # echoes of at most two words: this is none
+    ("fox jumps over", 16, "fox jumps over"),                      # one word is no echo
+    ("brown foxes jump", 16, "brown foxes jump"),                  # whole words only
+    ("quick brown dogs", 16, "quick brown dogs"),                  # not the last words
+    ("... and then", 16, "... and then"),                          # an ellipsis without an echo stays
+    ("brown fox", 16, ""),                                         # nothing but an echo
+    ("  \n brown fox jumps", 0, "brown fox jumps"),                # off: white space goes all the same
+    ("", 16, "")])
 def test_echo_equals_the_table(reply, words, wanted):
     assert strip_echo(reply, "The quick brown fox", words) == wanted

@@ -161,10 +161,10 @@ def test_a_signal_is_passed_on_and_no_other_run_begins(fake, capsys):
     def interrupt():
         while not (fake / "out" / "02" / "args.json").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(SystemExit, match="130"):
         sweep.main(["--factors", *FACTORS, "--out_dir", str(fake / "out")])
     assert "the same command continues" in capsys.readouterr().out
     assert [row["status"] for row in table(fake / "out").values()] == ["done", "done", "stopped", "waiting", "waiting"]
@@ -178,7 +178,7 @@ def test_a_signal_is_passed_on_and_no_other_run_begins(fake, capsys):
     ("--factors A beta1=0.8:0.9:1", "--beta1 1.0"), ("--factors A d_scale=1:2:3 --adv_norm", "--no-adv_norm"),
     ("--factors A B --num_step 3", "--num_steps"), ("--factors A B -- --g_lr 3", "--g_lr"),
     ("--factors A B -- --resume=x", "--resume"), ("--factors A B --seeds 0", "--seeds"),
-    ("--factors A B --jobs 0", "--jobs"), ("--factors A B --ascent_step nan", "--ascent_step"),
+    ("--factors A B --job 0", "mean --jobs"), ("--factors A B --ascent_step nan", "--ascent_step"),
     ("--results TABLE --num_steps 3", "--num_steps"), ("--results TABLE --factors B rank=1:2:3", "rank"),
     ("--results no/such.csv", "no/such.csv"), ("--results ODD", "must be name=low:centre:high"),
     ("--results NAN", "nan"), ("--results EMPTY", "header"),
