@@ -47,7 +47,7 @@ def test_a_lesson_is_what_the_sampler_leaves_and_trains_what_it_drew(tiny):
 def test_long_texts_are_cut_and_what_was_cut_does_not_train_the_end(tiny):
     writer, stop = a_writer(tiny, 4, 40), tiny[1].eos_token_id
     for n, ends in ((50, False), (40, False), (24, False), (23, True), (1, True)):
-        ids, part = sft.trace_lesson(writer, dict(prefix=[1], think=[8] * 9, closed=True, truth=[7] * n))
+        ids, part = sft.trace_lesson(writer, dict(prefix=[1], think=[8] * (4 + n % 3), closed=True, truth=[7] * n))
         assert ids == [1] + [8] * 4 + writer.rules.close.tolist() + [7] * min(n, 40) + [stop] * ends
         assert part == [NONE] + [TRACE] * 4 + [NONE] * 2 + [TRUTH] * (min(n, 40) + ends)
     for closed, trained in ((None, TRACE), (True, TRACE), (False, NONE)):
