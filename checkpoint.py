@@ -133,7 +133,8 @@ def first_line(error):
 
 def resume_command(out_dir):
     """The command that continues a run."""
-    return f"python train.py --resume {shlex.quote(str(out_dir))}"
+    script = "-m tools.sft" if sys.argv[0].endswith("sft.py") else "train.py"
+    return f"python {script} --resume {shlex.quote(str(out_dir))}"
 
 
 # -----------------------------------------------------------------------------

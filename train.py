@@ -148,9 +148,9 @@ if __name__ == "__main__":
     from evaluate import evaluate
     from measures import check_featurizer, distinct
     from model import DTYPES, TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
+    from plot import draw
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, sampled_stats
-    from plot import draw
     from sampler import Sampler
 
     # -----------------------------------------------------------------------------
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(args.model)
     args.prompt = prompt_template(args.prompt, tokenizer)
     stream = windows(args, plain_encoder(tokenizer))
-    args.data_revision = stream.revision  # a run is resumed on the data that it began with
+    args.data_revision = stream.revision  # a run can be resumed only on the data that it began with
     print("\n".join([stream.summary(), *prompt_notes(args.prompt, tokenizer, R)]), flush=True)
 
     torch.manual_seed(args.seed)
@@ -177,8 +177,7 @@ if __name__ == "__main__":
     generator.optimize(args.g_lr, args)
     discriminator.optimize(args.d_lr, args, judge.parameters())
 
-    # everything the loop changes: both players, the judge's head, the baseline, the step. Sampling is keyed by
-    # (seed, step) and data by (seed, position), so no random state needs saving
+    # what the loop changes: players, head, baseline, step; sampling and data are functions of seed and position
     baseline, first_step = Baseline(args.ema_decay, args.adv_norm), -args.d_warmup
     if args.resume:
         out_dir = pathlib.Path(args.resume)
@@ -196,7 +195,7 @@ if __name__ == "__main__":
     write_args(out_dir, args, device, resumed=bool(args.resume))
     signals = Signals()  # from here on the run can be resumed
     num_trained = sum(p.numel() for p in {*generator.params, *discriminator.params})
-    print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained parameters")
+    print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained parameters", flush=True)
 
     # the floor: what the untrained base writes for the very prefixes that the run will end with
     total = args.num_steps * B

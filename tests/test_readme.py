@@ -1,53 +1,45 @@
-"""README says what is there: its commands parse, its files exist, its glossary is the log's."""
+"""README and docs say what is there: their commands and flags parse, their files exist, every logged key is explained."""
+import functools
 import re
+import runpy
+import shlex
+import sys
+from unittest import mock
 
-from conftest import ROOT
-from test_scripts import METRICS, run
+import pytest
+
+import flags
+from conftest import ROOT, lines
 
 README = (ROOT / "README.md").read_text()
+PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SCRIPTS = [f"{name}.py" for name in "train evaluate sample sweep plot".split()]
+TOOLS = [f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py"))]
+COMMANDS = [shlex.split(line, comments=True) for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)
+            for part in block.splitlines() for line in part.split("&&") if line.strip().startswith("python ")]
 
 
-def test_every_flag_in_the_readme_exists():
-    known = set(re.findall(r"--\w+", "".join(run("--help", script=script).stdout for script in
-                                             ("train.py", "evaluate.py", "plot.py", "sweep.py", "traces.py", "sft.py", "export.py", "bench.py")))) | {"--flag"}
-    known |= set(re.findall(r'"(--\w+)"', (ROOT / "demo" / "make.py").read_text()))
-    assert set(re.findall(r"--[a-z]\w+", README)) <= known
+class Caught(Exception):
+    pass
 
 
-def test_every_command_in_the_readme_names_a_script_and_starts():
-    commands = [line.split("#")[0].split("&&")[-1].split() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-    commands = [words for words in commands if words]
-    assert len(commands) >= 6
-    for words in commands:
-        assert words[0] == "python"
-        if words[1:3] == ["-m", "pytest"]:
-            assert (ROOT / words[-1]).is_dir()
-        else:
-            assert (ROOT / words[1]).exists()
-            if "/" not in words[1]:
-                end = words.index("--") if "--" in words else len(words)  # what follows it is for train.py
-                assert run(*words[2:end], "--help", script=words[1]).returncode == 0, words
-                assert run(*words[end + 1:], "--help").returncode == 0, words
+@functools.cache
+def parser_of(script):
+    """The real parser of a script or a tool, caught when the script hands it the command line."""
+    def catch(self, *_):
+        raise Caught(self)
+
+    with mock.patch.object(flags.Parser, "parse_known_args", catch), mock.patch.object(sys, "argv", [script]):
+        with pytest.raises(Caught) as caught:
+            (runpy.run_path if script.endswith(".py") else runpy.run_module)(script, run_name="__main__")
+    return caught.value.args[0]
 
 
-def test_the_two_commands_install_what_is_pinned():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    for block, ending in zip(blocks, ("python train.py --preset demo", "python -m pytest -q tests")):
-        assert block.strip() == f"python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && {ending}"
-    assert "pip install -q -r requirements.txt\npython -m pytest -q tests\n" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_no_number_is_left_open():
-    assert "@@" not in README
-
-
-def test_every_file_in_the_map_exists_and_every_script_is_in_it():
-    mapped = re.findall(r"^\| `([\w./]+)` \|", README, re.M)
-    names = {name for name in mapped if name.endswith((".py", ".md", "/"))}
-    assert all((ROOT / name).exists() for name in names)
-    assert {path.name for path in ROOT.glob("*.py")} <= names
-
-
-def test_the_glossary_names_every_metric():
-    glossary = README[README.index("### Glossary"):README.index("## How to fork")]
-    assert set(METRICS) - {"step"} <= set(re.findall(r"`(\w+)`", glossary))
+@pytest.mark.parametrize("words", [words for words in COMMANDS if "pytest" not in words], ids=" ".join)
+def test_a_command_parses_as_printed(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, *words = words[2:] if words[1] == "-m" else words[1:]
+    if script == "sweep.py":  # what it does not know goes to train.py
+        _, words = parser_of(script).parse_known_args(words[:[*words, "--"].index("--")])
+        script, words = "train.py", words + COMMANDS[0][:0]
+    parser_of(script).parse_args(words)

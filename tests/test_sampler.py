@@ -5,11 +5,13 @@ import transformers
 
 from data import plain_encoder, prompt_ids, prompt_template
 from flags import UserError
-from model import add_adapters, adapter_parameters, causal_lm, checkpoint_layers, hidden_states, load_model
+from model import (adapter_parameters, add_adapters, causal_lm, checkpoint_layers, hidden_states, load_model,
+                   without_adapters)
 from rollout import Rules, keyed, rollout, rules, sampled_stats
 from sampler import BUCKET, KEPT, AdapterBeside, GrowingReader, Sampler, StaticReader
 from test_rollout import PREFIXES
 
+RULE = Rules(torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5]), 4, torch.zeros(2, 64, dtype=torch.bool), 0)
 BOTH = pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 
 
@@ -20,34 +22,27 @@ def sampler_of(model, static, name="generator", dtype=torch.float32, merge=True)
 
 
 def prompts_of(tokenizer):
-    """Four times three prompts of different lengths."""
-    template = prompt_template("writeup")
-    return [prompt_ids(tokenizer, plain_encoder(tokenizer), template, prefix) for prefix in PREFIXES] * 4
+    """Three prompts of different lengths."""
+    template, encode = prompt_template("writeup"), plain_encoder(tokenizer)
+    return [prompt_ids(tokenizer, encode, template, prefix) for prefix in PREFIXES]
 
 
-def unequal(rule):
-    """Rules under which the rows of a random model end at different times, because many ids end a completion."""
-    return rule._replace(stop=torch.arange(400))
-
-
-def gap(model, sampler, prompts, rule, temperature=1.0):
+def gap(model, sampler, prompts, rule, temperature=1.0, completion_tokens=12):
     """How far sampler and learner differ at most in the log-prob of a sampled token; and the rollout."""
-    roll = rollout(sampler, prompts, rule, 6, 12, temperature, [(0, i) for i in range(len(prompts))])
+    roll = rollout(sampler, prompts, rule, 6, completion_tokens, temperature, [(0, i) for i in range(len(prompts))])
     with torch.no_grad():
         stats = sampled_stats(model, roll, list(range(len(prompts))), rule, temperature, False)
     return (stats.logp - roll.logps[roll.sampled]).abs().max().item(), roll
 
 
 @BOTH
-@pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_sampler_and_learner_agree(static, merge, temperature, tiny):
+@pytest.mark.parametrize("temperature, merge", [(0.0, True), (0.7, True), (1.0, True), (1.0, False)])
+def test_sampler_and_learner_agree(static, temperature, merge, tiny):
     model, tokenizer = tiny
-    rule, sampler = unequal(rules(tokenizer, model)), sampler_of(model, static, merge=merge)
-    assert sampler.static == static and all(isinstance(x, AdapterBeside) != merge for x, _ in sampler.pairs)
-    prompts = prompts_of(tokenizer)
-    apart = [prompt[i:] for i, prompt in enumerate(prompts)]  # no beginning in common
-    for some in (prompts, apart, prompts[:1]):
+    rule, sampler, prompts = rules(tokenizer, model), sampler_of(model, static, merge=merge), prompts_of(tokenizer) * 2
+    rule = rule._replace(stop=torch.arange(400))  # many ids end a completion, so that rows end at different times
+    assert sampler.static == static and all(isinstance(part, AdapterBeside) != merge for part, _ in sampler.pairs)
+    for some in (prompts, [prompt[i:] for i, prompt in enumerate(prompts)], prompts[:1]):  # the second: no common start
         distance, roll = gap(model, sampler, some, rule, temperature)
         assert distance < 1e-4 and (len({*map(len, roll.reply)}) > 1 or len(some) == 1)
 
@@ -67,6 +62,85 @@ def random_model(kind, **more):
     return model
 
 
-def rule_of(V=64):
-    return Rules(torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5]), 4, torch.zeros(2, V, dtype=torch.bool), 0)
+@BOTH
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTNeoX", "Phi"])
+def test_other_architectures_agree(kind, static):
+    model, apart = random_model(kind), [[20 + i] * (1 + i % 5) for i in range(8)]
+    for merge in (True, False):
+        sampler = sampler_of(model, static, merge=merge)
+        assert sampler.static == static
+        for prompts in (apart, [[7, 8, 9, *prompt] for prompt in apart]):
+            assert gap(model, sampler, prompts, RULE)[0] < 1e-4
 
+
+def test_a_model_with_a_sliding_window_samples_with_its_growing_cache(capsys):
+    model = random_model("Mistral", sliding_window=8)
+    sampler = sampler_of(model, True)
+    assert not sampler.static and "growing cache" in capsys.readouterr().out
+    assert gap(model, sampler, [[20 + i] * (6 + i) for i in range(8)], RULE)[0] < 1e-4
+
+
+@pytest.mark.parametrize("kind, more", [("Gemma2", dict(final_logit_softcapping=1.0)),
+                                        ("Cohere", dict(logit_scale=0.1))])
+def test_a_model_that_changes_its_logits_or_is_not_there_is_refused(kind, more, demo, tmp_path):
+    for part in (causal_lm(random_model(kind, vocab_size=4100, **more)), demo[1]):
+        part.save_pretrained(tmp_path)
+    for folder, message in ((tmp_path, "changes its logits"), (tmp_path / "none", "could not be loaded")):
+        with pytest.raises(UserError) as error:
+            load_model(str(folder), "none", "fp32", "cpu", "--d_model")
+        assert error.value.message.startswith(f"--d_model {folder} {message}")
+
+
+@BOTH
+def test_a_cache_reads_prompts_of_any_shape_and_sees_nothing_of_the_last_ones(static, tiny):
+    model, tokens = tiny[0], torch.randint(5, 4000, (4, 2), generator=keyed("tokens"))  # (t, B)
+    reader = StaticReader(causal_lm(model), 2, BUCKET) if static else GrowingReader(causal_lm(model))
+    for prompts in ([[5, 6, 7, 8], [5, 6]], [[7], [9]], [[7], [9, 8, 7]], [[5, 6, 7]] * 2, [[5, 6], [5, 6, 7, 8]],
+                    [[5, 6, 7, 1], [5, 6, 7, 2]]):
+        with torch.no_grad():
+            states = torch.stack([reader.begin(prompts, 0), *map(reader.read, tokens)], 1)  # (B, t + 1, H)
+            plain = [hidden_states(model, torch.tensor([prompt + tokens[:, i].tolist()]))[0, -5:]
+                     for i, prompt in enumerate(prompts)]  # B of (t + 1, H)
+        torch.testing.assert_close(states, torch.stack(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_caches_are_kept_by_shape_the_latest_ones():
+    sampler = Sampler(random_model("Llama"), torch.float32, static=True)
+    first, wider, taller = (sampler.decoder("key", *shape, object) for shape in ((2, 3), (2, BUCKET), (3, 3)))
+    assert first is wider and first is not taller and first[0].mask.shape == (2, 1, 1, BUCKET)
+    for rows in range(4, 3 + KEPT):
+        sampler.decoder("key", 2, 3, object)
+        sampler.decoder("key", rows, 3, object)
+    assert len(sampler.kept) == KEPT and sampler.decoder("key", 2, 3, object) is first
+    assert sampler.decoder("key", 3, 3, object) is not taller
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "beside"])
+def test_sync_takes_over_an_adapter_from_pristine_weights(merge, tiny):
+    model, tokenizer = tiny
+    sampler, args = sampler_of(model, False, merge=merge), (prompts_of(tokenizer), rules(tokenizer, model))
+    with torch.no_grad():  # an update of the generator
+        for p in adapter_parameters(model, "generator"):
+            p += 0.05 * torch.randn(p.shape, generator=keyed("update"))
+    assert gap(model, sampler, *args)[0] > 1e-2
+    for name in ("generator", "discriminator", "generator"):
+        sampler.sync(name)
+        model.set_adapter(name)
+        assert gap(model, sampler, *args)[0] < 1e-4
+    sampler.sync(None)
+    with without_adapters(model):  # equal bit for bit, whatever was merged before
+        assert torch.equal(*(hidden_states(x, torch.arange(5, 25)[None]) for x in (sampler.model, model)))
+
+
+def test_the_copy_shares_what_no_adapter_changes(tiny):
+    sampler = Sampler(tiny[0], torch.float32)
+    changed, shared = {id(part.weight) for part, _ in sampler.pairs}, {p.data_ptr() for p in tiny[0].parameters()}
+    assert all((p.data_ptr() in shared) != (id(p) in changed) for p in sampler.model.parameters())
+    assert len(changed) == 14 and not any(p.requires_grad for p in sampler.model.parameters())
+
+
+def test_a_checkpointed_model_samples_the_same(tiny):
+    checkpoint_layers(tiny[0])
+    for static in (False, True):
+        args = sampler_of(tiny[0], static), prompts_of(tiny[1]), rules(tiny[1], tiny[0])
+        assert gap(tiny[0], *args)[0] < 1e-4
