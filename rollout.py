@@ -34,7 +34,7 @@ class Rules(NamedTuple):
 
 
 def rules(tokenizer, model):
-    """Stop ids: eos, <|im_end|>, <|endoftext|>, what generation_config adds. Forbidden: see `thinking` in README."""
+    """Stop ids: eos, <|im_end|>, <|endoftext|>, what generation_config adds. Forbidden ids: see docs/choices.md."""
     device = causal_lm(model).device
     ids = tokenizer.get_vocab()
     extra = causal_lm(model).generation_config.eos_token_id

@@ -1,45 +1,55 @@
-"""README and docs say what is there: their commands and flags parse, their files exist, every logged key is explained."""
+"""README and docs match the code: commands and flags parse, files exist, every logged key is explained."""
 import functools
 import re
 import runpy
 import shlex
-import sys
 from unittest import mock
 
 import pytest
 
 import flags
-from conftest import ROOT, lines
+import sweep
+from conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-SCRIPTS = [f"{name}.py" for name in "train evaluate sample sweep plot".split()]
-TOOLS = [f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py"))]
-COMMANDS = [shlex.split(line, comments=True) for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S)
-            for part in block.splitlines() for line in part.split("&&") if line.strip().startswith("python ")]
-
-
-class Caught(Exception):
-    pass
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SCRIPTS = [*ROOT.glob("tools/*.py"), *"train.py evaluate.py sample.py sweep.py plot.py".split()]
+BLOCKS = re.findall(r"```bash\n(.*?)```", "".join(PAGES.values()), re.S)
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in "".join(BLOCKS).replace(" && ", "\n").splitlines()
+            if line.startswith("python ") and " pytest " not in line]
 
 
 @functools.cache
 def parser_of(script):
-    """The real parser of a script or a tool, caught when the script hands it the command line."""
-    def catch(self, *_):
-        raise Caught(self)
-
-    with mock.patch.object(flags.Parser, "parse_known_args", catch), mock.patch.object(sys, "argv", [script]):
-        with pytest.raises(Caught) as caught:
-            (runpy.run_path if script.endswith(".py") else runpy.run_module)(script, run_name="__main__")
-    return caught.value.args[0]
+    """A script's parser, caught where it is about to read the command line."""
+    caught = mock.patch.object(flags.Parser, "parse_known_args", autospec=True, side_effect=LookupError)
+    with caught as parse, mock.patch("sys.argv", [str(script)]), pytest.raises(LookupError):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return parse.call_args.args[0]
 
 
-@pytest.mark.parametrize("words", [words for words in COMMANDS if "pytest" not in words], ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_parses_as_printed(words, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    script, *words = words[2:] if words[1] == "-m" else words[1:]
-    if script == "sweep.py":  # what it does not know goes to train.py
-        _, words = parser_of(script).parse_known_args(words[:[*words, "--"].index("--")])
-        script, words = "train.py", words + COMMANDS[0][:0]
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # a parser changes what Ctrl-C does
+    script, *words = [words[1].replace(".", "/") + ".py", *words[2:]] if words[0] == "-m" else words
+    if script == "sweep.py":  # train.py gets what sweep.py does not know
+        cut = [*words, "--"].index("--")
+        known, unknown = parser_of(script).parse_known_args(words[:cut])
+        script, words = "train.py", unknown + words[cut + 1:]
+        assert sweep.read_factors(known.factors)
     parser_of(script).parse_args(words)
+
+
+def test_readme_is_short_and_names_flags_and_files_that_exist():
+    readme = PAGES[ROOT / "README.md"]
+    assert len(readme.splitlines()) <= 150 and len(readme.split()) <= 1800
+    named = {flag for page in PAGES.values() for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page)}
+    assert named <= {flag for script in SCRIPTS for flag in parser_of(script)._option_string_actions}
+    files = {*re.findall(r"`([\w/]+(?:\.py|/))`", readme.partition("\n## Files")[2].partition("\n## ")[0])}
+    links = [page.parent / link for page, text in PAGES.items() for link in re.findall(r"\]\(([^):#]+)", text)]
+    assert files and not [file for file in [*map(ROOT.joinpath, files), *links] if not file.exists()]
+
+
+def test_every_key_of_a_run_is_explained(finished):
+    run, explained = flags.Run(finished[0]), {*re.findall(r"`(\w+)`", PAGES[ROOT / "docs" / "files.md"])}
+    rows = [run.metrics[0], run.rollouts[0], run.floor[0], run.result, run.mauve, run.info]
+    assert {re.sub("(?<!advantage)_(sd|interval)$", "", key) for row in rows for key in row} <= explained

@@ -1,9 +1,9 @@
 """
 Measure speed and memory against generate(), plain torch and TRL.
 
-    python -m tools.bench                                    # the demo's model on a CPU, about 6 minutes
+    python -m tools.bench                                # the demo's model on a CPU, about 6 minutes
     python -m tools.bench --only decode trl --json bench.json
-    python -m tools.bench --model qwen3-8b-random            # Qwen3-8B with random weights on one GPU, no download
+    python -m tools.bench --model qwen3-8b-random        # Qwen3-8B with random weights on one GPU, no download
     python -m tools.bench --model qwen3-8b-random --quant nf4 --micro_batch 1
 
 Flags of train.py set the model and the step; those for data, files and the length of a run have no effect.
@@ -11,10 +11,9 @@ The comparisons with TRL need: pip install trl==1.16.0 accelerate==1.15.0
 
 What differs from the textbook:
 1. Calls that are compared take turns in one process. A ratio is taken turn by turn: median (least to most).
-2. Both sides have the same weights, prompts, lengths and batch, and no sequence ends early. A rollout also reads one
-   forced token, the end of its thinking; that costs it time and is not counted.
-3. The floor of a decode step is the time to read weights and cache once, at the speed of a large copy on this device.
-4. Memory is the peak above what is allocated before the call, by CUDA's counter or a trace of torch's CPU allocator.
+2. All have the same weights, prompts, lengths and batch, and no sequence ends early. A rollout also reads one forced
+   token, the end of its thinking; that costs it time and is not counted.
+3. Memory is the peak above what is allocated before the call, by CUDA's counter or a trace of torch's CPU allocator.
 
 Letters: B sequences, P prompt tokens, R and C tokens of thinking and completion, N positions, V vocabulary, H hidden.
 """
@@ -37,7 +36,7 @@ SHAPE = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attenti
 RANDOM = {"qwen3-8b-random": (151936, 4096, 12288, 36, 32, 8, 128, False),  # as in Qwen/Qwen3-8B's config.json
           "tiny-random": (400, 32, 48, 2, 2, 1, 16, True)}
 SMALL = dict(model="demo", device="cpu", dtype="fp32", adapters="separate", rank=16, alpha=4.0, batch_size=16,
-             prompt_tokens=64, reasoning_tokens=0, completion_tokens=128)  # defaults for models other than Qwen3-8B
+             prompt_tokens=64, reasoning_tokens=0, completion_tokens=128)  # defaults for all but Qwen3-8B
 
 
 def flags(words=None):
@@ -76,7 +75,7 @@ from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
                           Qwen3ForCausalLM)
 from transformers.utils import logging
 
-from checkpoint import first_line, provenance
+from checkpoint import explain_failures, provenance
 from data import Window
 from discriminator import Head
 from model import (CHUNK_BYTES, DTYPES, Player, add_adapters, causal_lm, checked_device, load_model, micro_batches,
@@ -87,9 +86,6 @@ from sampler import Sampler
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
-
-# -----------------------------------------------------------------------------
-# time and memory
 
 class Clock:
     """Seconds by phase: clock(phase) adds the time since the last call."""
@@ -118,27 +114,22 @@ def peak(call, device):
     return max(itertools.accumulate(sizes, initial=0)) / 2**30  # bytes that are freed count below 0
 
 
-def row(what, ours, other="", ratio=""):
-    print(f"{what:<44}{ours:>10}{other:>10}   {ratio}", flush=True)
-
-
 def compare(calls, repeats, device, scale=1.0, unit="s"):
-    """Time the calls of a dict in turn, and print the first one's seconds, times a scale, beside each other's."""
-    memory = {name: peak(call, device) for name, call in calls.items()}  # also warms them up
-    seconds, ratio, (ours, *others) = {name: [] for name in calls}, {}, calls
-    for _ in range(repeats):
-        clock = Clock(device)
+    """Run the calls of a dict in turn and print, for each, seconds times a scale, memory, and the first one's ratio."""
+    memory, seconds, ratio = {name: peak(call, device) for name, call in calls.items()}, {}, {}  # also warms them up
+    clocks = [Clock(device) for _ in range(repeats)]
+    for clock in clocks:
+        clock.last = time.perf_counter()
         for name, call in calls.items():
             call()
             clock(name)
-            seconds[name].append(clock.spent[name])
-    for name in others:
-        turns = [a / b for a, b in zip(seconds[ours], seconds[name])]
+    for name in calls:
+        seconds[name] = [clock.spent[name] for clock in clocks]
+        turns = [a / b for a, b in zip(seconds[next(iter(calls))], seconds[name])]
         ratio[name] = statistics.median(turns), min(turns), max(turns)
-        row(f"{ours} / {name}, {unit}", *(f"{scale * statistics.median(seconds[key]):.4g}" for key in (ours, name)),
-            "{:.2f} ({:.2f} to {:.2f})".format(*ratio[name]))
-        row("    memory, GiB", *(f"{memory[key]:.3f}" for key in (ours, name)))
-    return dict(seconds=seconds, ratio=ratio, memory_gib=memory)
+        print(f"{name:<24}{scale * statistics.median(seconds[name]):>10.4g} {unit:<12}{memory[name]:>8.3f} GiB    "
+              "ours / this {:.2f} ({:.2f} to {:.2f})".format(*ratio[name]), flush=True)
+    return dict(seconds=seconds, memory_gib=memory, ratio=ratio)
 
 
 # -----------------------------------------------------------------------------
@@ -162,16 +153,6 @@ def base_model(args, device):
     return model.requires_grad_(False).eval()
 
 
-def numbers(vocab):
-    """A tokenizer whose words are the ids: "17 4" is [17, 4]. Its end token is `vocab`, one above the model's ids.
-
-    There is no pad token: an added token "0" would be cut out of "10".
-    """
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(vocab + 1)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(vocab))
-
-
 class Game:
     """Two players on one model, with random texts that never end early."""
 
@@ -180,12 +161,12 @@ class Game:
         self.num_positions = B * (args.reasoning_tokens + args.completion_tokens)
         self.model = add_adapters(base_model(args, device), adapters, args.rank, args.alpha)
         self.vocab = V = causal_lm(self.model).get_output_embeddings().weight.shape[0]
-        self.tokenizer, self.baseline = numbers(V), Baseline(args.ema_decay, args.adv_norm)
-        self.generator, self.discriminator = [Player(self.model, self.tokenizer, adapters[i]) for i in (0, -1)]
-        self.generator.check_length(P + args.reasoning_tokens + 1 + args.completion_tokens)
-        self.sampler, self.judge = Sampler(self.model, DTYPES[args.dtype], args.merge), Head(args, self.discriminator)
-        self.generator.optimize(args.g_lr, args)
-        self.discriminator.optimize(args.d_lr, args, self.judge.parameters())
+
+        # the words are the ids: "17 4" is [17, 4]. The end is V, one above the model's ids; a pad token "0" would be
+        # cut out of "10"
+        words = Tokenizer(models.WordLevel({str(i): i for i in range(V + 1)}, unk_token="0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(V))
         blocked = torch.zeros(2, V, dtype=torch.bool, device=device)  # (2, V)
         self.rules = Rules(*torch.tensor([[V], [1]], device=device), think_end=-1, blocked=blocked, pad=0)
         ids = torch.randint(2, V, (B, P + args.completion_tokens))  # (B, P + C)
@@ -193,6 +174,13 @@ class Game:
         self.prompts = ids[:, :P].tolist()  # B lists of P ids
         texts = [self.tokenizer.batch_decode(part) for part in (ids[:, P - args.prefix_tokens:P], ids[:, P:])]
         self.windows = [Window(prefix, " ", truth) for prefix, truth in zip(*texts)]
+
+        self.generator, self.discriminator = [Player(self.model, self.tokenizer, adapters[i]) for i in (0, -1)]
+        self.generator.check_length(P + args.reasoning_tokens + 1 + args.completion_tokens)
+        self.sampler, self.judge = Sampler(self.model, DTYPES[args.dtype], args.merge), Head(args, self.discriminator)
+        self.generator.optimize(args.g_lr, args)
+        self.discriminator.optimize(args.d_lr, args, self.judge.parameters())
+        self.baseline = Baseline(args.ema_decay, args.adv_norm)
 
     def sample(self, sampler):
         args, keys = self.args, [(0, i) for i in range(self.args.batch_size)]
@@ -237,7 +225,7 @@ class Game:
 # the sections
 
 def decode(args, device):
-    """A rollout and generate() with the same adapter; the adapter merged and beside its layers; the floor."""
+    """a rollout, generate() with the same adapter, and the floor: the time to read weights and cache at each token"""
     game, tokens = Game(args, device, ["generator"]), args.reasoning_tokens + args.completion_tokens
     ids = torch.tensor(game.prompts, device=device)  # (B, P)
 
@@ -247,26 +235,24 @@ def decode(args, device):
             max_new_tokens=tokens, eos_token_id=game.vocab, pad_token_id=0)[:, args.prompt_tokens:]  # (B, R + C)
         assert new.numel() == game.num_positions, "a sequence has ended early"
 
-    calls = {"rollout": lambda: game.sample(game.sampler), "generate()": generate}
-    if args.merge and args.quant == "none":
-        beside = Sampler(game.model, DTYPES[args.dtype], merge=False)
-        calls["rollout, adapter beside"] = lambda: game.sample(beside)
-    found = compare(calls, args.repeats, device, 1e3 / tokens, "ms per token")
-
-    base, cache, source = causal_lm(game.sampler.model), DynamicCache(), torch.ones(1 << 27, device=device)  # 512 MiB
+    base, cache = causal_lm(game.sampler.model), DynamicCache()
     base(ids[:, :1], past_key_values=cache, use_cache=True)
     table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight  # (V, H) each
-    floor = sum(p.nbytes for p in base.parameters() if p is head or p is not table)  # of the table B rows are read
-    floor += (args.prompt_tokens + tokens / 2) * sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-    target = source.clone()
-    copies = compare({"copy": lambda: target.copy_(source)}, 5, device)["seconds"]["copy"]
-    ms = 1e3 * floor * min(copies) / (2 * source.nbytes)
-    row("    floor, ms per token", f"{ms:.4g}")
-    return found | dict(floor_ms=ms, copy_gb_per_second=2e-9 * source.nbytes / min(copies))
+    num_bytes = sum(p.nbytes for p in base.parameters() if p is head or p is not table)  # few rows of table are read
+    num_bytes += (args.prompt_tokens + tokens / 2) * sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    source = torch.zeros(int(num_bytes / 2), dtype=torch.uint8, device=device)  # a copy reads it and writes as much
+    target = torch.zeros_like(source)
+
+    calls = {"rollout": lambda: game.sample(game.sampler), "generate()": generate,
+             "floor": lambda: [target.copy_(source) for _ in range(tokens)]}
+    if args.merge and args.quant == "none":
+        beside = Sampler(game.model, DTYPES[args.dtype], merge=False)
+        calls["rollout, not merged"] = lambda: game.sample(beside)
+    return compare(calls, args.repeats, device, 1e3 / tokens, "ms a token")
 
 
 def step(args, device):
-    """A training step by phase."""
+    """a whole training step, then its phases"""
     game, turns = Game(args, device, ["shared"] if args.adapters == "shared" else ["generator", "discriminator"]), []
 
     def whole():
@@ -274,27 +260,29 @@ def step(args, device):
         game.step(turns[-1])
 
     whole()  # makes the optimizers' states
-    found = compare({"step": whole}, args.repeats, device)
+    found = compare({"whole step": whole}, args.repeats, device)
     phases = {phase: statistics.median(clock.spent[phase] for clock in turns[2:]) for phase in turns[0].spent}
     for phase, seconds in phases.items():
-        row(f"{phase}, s", f"{seconds:.3f}", f"{seconds / sum(phases.values()):.0%}")
-    row("whole step, s", f"{statistics.median(found['seconds']['step']):.3f}")
-    row("    memory, GiB", f"{found['memory_gib']['step']:.3f}")
+        print(f"  {phase:<22}{seconds:>10.4g} s {seconds / sum(phases.values()):>14.0%}")
     return found | dict(phases=phases)
 
 
 def log_probs(head, ids):
-    """Ways from hidden states (N, H) to log-probs (N,) of ids (1, N + 1) but the first: a dict of functions."""
-    V, targets = len(head.weight), ids[0, 1:]  # (N,)
+    """Functions from hidden states (N, H) to log-probs (N,) of the ids (1, N + 1) that follow the first."""
+    targets, mask = ids[0, 1:], torch.arange(ids.shape[1], device=ids.device)[None] > 0  # (N,), (1, N + 1)
 
     def ours(hidden):
         states = SimpleNamespace(last_hidden_state=F.pad(hidden, (0, 0, 0, 1))[None])  # (1, N + 1, H)
         model = SimpleNamespace(base_model=lambda **_: states, get_output_embeddings=lambda: head)
-        return token_stats(model, ids, torch.ones_like(ids, dtype=torch.bool).index_fill(1, ids.new_zeros(1), False)).logp
+        return token_stats(model, ids, mask).logp  # (N,)
 
-    ways = {"ours": ours, "plain torch": lambda hidden: head(hidden).float().log_softmax(-1)[range(len(targets)), targets]}
-    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13; with 8 rows, its choice at Qwen3's V, 6 times slower
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(16, CHUNK_BYTES // (4 * V)), chunking_method=None)
+    def plain(hidden):
+        return head(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]  # (N,)
+
+    ways = {"ours": ours, "plain torch": plain}
+    if hasattr(F, "linear_cross_entropy"):  # since torch 2.13; its default, 8 rows at Qwen3's V, is 6 times slower
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=max(16, CHUNK_BYTES // (4 * len(head.weight))), chunking_method=None)
         ways["F.linear_cross_entropy"] = lambda hidden: -F.linear_cross_entropy(
             hidden, head.weight, targets, reduction="none", options=options)  # (N,)
     if HAS_TRL:
@@ -305,17 +293,18 @@ def log_probs(head, ids):
 
 
 def logps(args, device, N=2048, V=151936):
-    """Log-probs with gradient, at Qwen3's vocabulary."""
+    """log-probs and their gradient, 2,048 positions, Qwen3's vocabulary"""
     H = 4096 if args.model == "qwen3-8b-random" else 1024
     head = torch.nn.Linear(H, V, bias=False, device=device, dtype=DTYPES[args.dtype]).requires_grad_(False)
     hidden = torch.randn(N, H, device=device, dtype=head.weight.dtype, requires_grad=True)  # (N, H)
-    ways, weights = log_probs(head, torch.randint(V, (1, N + 1), device=device)), torch.randn(N, device=device)  # (N,)
-    calls = {name: lambda way=way: (way(hidden) * weights).sum().backward() for name, way in ways.items()}
+    ids, weights = torch.randint(V, (1, N + 1), device=device), torch.randn(N, device=device)  # (1, N + 1), (N,)
+    ways = log_probs(head, ids).items()
+    calls = {name: lambda way=way: (way(hidden) * weights).sum().backward() for name, way in ways}
     return compare(calls, min(args.repeats, 3), device)
 
 
 def trl(args, device):
-    """A training step and GRPOTrainer's: rewards of 0 and 1 in place of a discriminator, KL on, one update a batch."""
+    """a training step and GRPOTrainer's, with rewards of 0 and 1 in place of a discriminator"""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     game, reward = Game(args, device, ["generator"]), torch.arange(args.batch_size, device=device) % 2.0  # (B,)
@@ -325,13 +314,15 @@ def trl(args, device):
         assert prompts == texts and sum(map(len, completion_ids)) == game.num_positions, "TRL does other work"
         return reward.tolist()
 
+    base = base_model(args, device)
+    base.generation_config.eos_token_id = None  # TRL would end a sequence at it
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             folder, per_device_train_batch_size=args.batch_size, num_generations=2, beta=args.kl_coef, temperature=1.0,
             max_completion_length=args.reasoning_tokens + args.completion_tokens, top_p=1.0, top_k=0,
             learning_rate=args.g_lr, use_cpu=device.type == "cpu", bf16=args.dtype == "bf16", shuffle_dataset=False,
             activation_checkpointing=False, report_to="none")
-        trainer = GRPOTrainer(base_model(args, device), pay, config, Dataset.from_dict({"prompt": texts[::2]}),
+        trainer = GRPOTrainer(base, pay, config, Dataset.from_dict({"prompt": texts[::2]}),
                               processing_class=game.tokenizer, peft_config=game.model.peft_config["generator"])
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
     batch, trainer.current_gradient_accumulation_steps = next(iter(trainer.get_train_dataloader())), 1
@@ -348,19 +339,15 @@ def trl(args, device):
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
+    explain_failures()
     device = checked_device(args.device)
     report = {**provenance(device), "args": vars(args)}
     print(f"{args.model}, {args.dtype if args.quant == 'none' else args.quant}, on {report['device']}")
     for section in [decode, step, logps, trl]:
-        if section.__name__ not in args.only:
-            continue
-        print(f"\n{section.__name__}: {section.__doc__}")
         if section is trl and not HAS_TRL:
-            print("left out, TRL is not installed: pip install trl==1.16.0 accelerate==1.15.0")
-            continue
-        try:
+            print("\ntrl is left out, TRL is not installed: pip install trl==1.16.0 accelerate==1.15.0")
+        elif section.__name__ in args.only:
+            print(f"\n{section.__name__}: {section.__doc__}")
             report[section.__name__] = section(args, device)
-        except torch.OutOfMemoryError as error:  # the other sections may fit
-            print(f"left out, out of memory: {first_line(error)}")
     if args.json:
         write_whole(pathlib.Path(args.json), json.dumps(report, indent=2) + "\n")

@@ -9,8 +9,8 @@ from test_sampler import gap, prompts_of, sampler_of
 
 pytestmark = pytest.mark.slow
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-PRECISIONS = [("none", "fp32", 1e-4), ("none", "bf16", 0.1), ("none", "fp16", 0.02), ("nf4", "fp32", 1e-4),
-              ("nf4", "bf16", 0.1), ("int8", "fp32", 0.1)]
+PRECISIONS = [("none", "fp32", 1e-4), ("none", "bf16", 0.1), ("none", "fp16", 0.02),
+              ("nf4", "fp32", 1e-4), ("nf4", "bf16", 0.1), ("int8", "fp32", 0.1)]
 
 
 def loaded(folder, quant, dtype, device):
