@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import pickle
 import platform
 import shlex
 import shutil
@@ -23,13 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from discriminator import make_judge
-from flags import UserError, write_whole
-from model import load_adapter, load_players
+from flags import UserError, first_line, read_json, write_whole
+from model import DAMAGE, load_adapter, load_players
 
 FORMAT = 2
-DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError,
-          pickle.UnpicklingError)  # what reading a damaged checkpoint can raise
 
 
 def save(out_dir, step, players, judge, baseline, files):
@@ -75,6 +71,14 @@ def sync(path):
         os.close(number)
 
 
+def load_weights(folder, players, judge=None):
+    """Read the adapters of players, and a judge's head, from a checkpoint's folder."""
+    for player in players:
+        load_adapter(player.model, folder / player.adapter, player.adapter)
+    if judge:
+        judge.load_state_dict(load_file(folder / "head.safetensors"))
+
+
 def restore(out_dir, players, judge, baseline):
     """Load what `save` wrote, cut the run's files back to that moment, and return the step to continue with.
 
@@ -83,7 +87,7 @@ def restore(out_dir, players, judge, baseline):
     out_dir = pathlib.Path(out_dir)
     ckpt = next((out_dir / name for name in ("ckpt", "ckpt.old") if (out_dir / name / "state.pt").exists()), None)
     if ckpt is None:
-        raise UserError(f"--resume {out_dir}: there is no checkpoint in it; start the run anew with another --out_dir")
+        raise UserError(f"--resume {out_dir}: there is no checkpoint in it; start a new run with another --out_dir")
     try:
         saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
@@ -91,10 +95,9 @@ def restore(out_dir, players, judge, baseline):
         for name, length in saved["lengths"].items():
             if pathlib.Path(name).name != name or not 0 <= length <= (out_dir / name).stat().st_size:
                 raise ValueError(f"{name} is shorter than when it was saved")
+        load_weights(ckpt, players, judge)
         for player, state in zip(players, saved["players"], strict=True):
-            load_adapter(player.model, ckpt / player.adapter, player.adapter)
             player.load_state_dict(state)
-        judge.load_state_dict(load_file(ckpt / "head.safetensors"))
         baseline.load_state_dict(saved["baseline"])
         step = int(saved["step"])
     except DAMAGE as error:
@@ -109,26 +112,11 @@ def load_run(run, device):
     """The Players of a run (flags.Run) with its checkpoint's adapters, to sample from and to judge with."""
     players = load_players(run.args, device)
     try:
-        for player in players:
-            load_adapter(player.model, run.folder / "ckpt" / player.adapter, player.adapter)
+        load_weights(run.folder / "ckpt", players)
     except DAMAGE as error:
-        raise UserError(f"{run.folder}/ckpt cannot be used ({first_line(error)}); is the run's first checkpoint "
-                        f"written yet? If not: {resume_command(run.folder)}") from None
+        raise UserError(f"{run.folder}/ckpt cannot be used ({first_line(error)}): it is missing, cut short, or from "
+                        "another model or version") from None
     return players
-
-
-def load_judge(run, player, sampler):
-    """The discriminator of a run, with its head; player: the discriminator's, of load_run."""
-    judge = make_judge(run.args, player, sampler)
-    try:
-        judge.load_state_dict(load_file(run.folder / "ckpt" / "head.safetensors"))
-    except DAMAGE as error:
-        raise UserError(f"{run.folder} has no usable discriminator ({first_line(error)})") from None
-    return judge
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def resume_command(out_dir):
@@ -197,12 +185,11 @@ def provenance(device):
     }
 
 
-def write_args(out_dir, args, device, resumed=False):
-    """Write args.json: the flags, and what the run, or its continuation, can be traced by."""
+def write_args(out_dir, args, device):
+    """Write args.json: the flags, and what the run can be traced by; for a resumed run, add what it continues with."""
     path = pathlib.Path(out_dir) / "args.json"
-    info = {"args": vars(args), **provenance(device)}
-    if resumed:
-        info = json.loads(path.read_text())
+    info = read_json(path) or {"args": vars(args), **provenance(device)}
+    if args.resume:
         info["resumed"] = info.get("resumed", []) + [provenance(device)]
     write_whole(path, json.dumps(info, indent=2) + "\n")
 
@@ -218,7 +205,11 @@ class Tracker:
         elif self.service != "none":
             self.module = importlib.import_module(self.service)  # wandb resumes a run by its id, trackio by its name
             by_id = {"id": args.track_id} if self.service == "wandb" else {}
-            self.module.init(project="forger", name=name, config=vars(args), resume="allow", **by_id)
+            try:
+                self.module.init(project="forger", name=name, config=vars(args), resume="allow", **by_id)
+            except Exception as error:  # whatever its client raises: no login, no network
+                raise UserError(f"--track {self.service}: {first_line(error)}; log in there, or --track none, then: "
+                                f"{resume_command(out_dir)}") from None
 
     def log(self, step, row, records=()):
         """Log the numbers of a row, and records as a table."""
@@ -247,8 +238,9 @@ class Signals:
 
     def __init__(self):
         self.stop = 0
-        self.before = {number: signal.signal(number, self.note) for number in
-                       (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+        self.before = {number: signal.signal(number, self.note) for number in numbers
+                       if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
 
     def note(self, number, frame):
         self.stop = number
@@ -262,7 +254,7 @@ class Signals:
             signal.signal(number, handler)
 
     def leave(self, when, out_dir):
-        """End the run, all of whose whole steps were saved."""
+        """End the run; every completed step is saved."""
         print(f"stopped {when}; continue with: {resume_command(out_dir)}")
         raise SystemExit(128 + self.stop)
 
@@ -277,7 +269,7 @@ def explain_failures(out_dir=None):
     def hook(kind, error, trace):
         full = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
         resume = f"; the last checkpoint is intact: {resume_command(out_dir)}" if out_dir else ""
-        if isinstance(error, BrokenPipeError):  # nobody reads our lines any more
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone
             os._exit(128 + signal.SIGPIPE)
         if out_of_memory(error):
             status, advice = 1, ("try --micro_batch 1, --quant nf4, --grad_ckpt, or a smaller --batch_size, "

@@ -2,7 +2,7 @@
 Real or generated: what a discriminator reads, and the two discriminators. `Head` is a LayerNorm and a linear layer on
 the last hidden states. `Reason` thinks within a budget, then says `real` or `generated`.
 
-Both have three verbs. `score` judges a batch without gradient: a `Judged`, from which the generator's reward is made.
+Both have three methods. `score` judges a batch without gradient: a `Judged`, from which the generator's reward is made.
 `loss` is the discriminator's own loss on some of the prefixes. `metrics` is what it adds to the logs.
 
 What differs from the textbook:
@@ -22,9 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import bos_ids, clip, plain_encoder
-from model import causal_lm, head_logits, hidden_states, micro_batches, pad, positions
+from model import DTYPES, causal_lm, head_logits, hidden_states, micro_batches, pad, positions
 from reward import REAL, policy_loss
 from rollout import Rollout, keyed, rollout, rules, sampled_stats
+from sampler import Sampler
 
 WORDS = {REAL: "real", 1 - REAL: "generated"}
 UNPARSED = -1     # the verdict of a reply that is neither word
@@ -59,8 +60,12 @@ class Judged(NamedTuple):
 
 
 def make_judge(args, player, sampler):
-    """The discriminator that the flags ask for. sampler: the player's model as it samples, for Reason."""
-    return Head(args, player) if args.disc == "head" else Reason(args, player, sampler)
+    """The discriminator that the flags ask for. sampler: the generator's, which Reason shares if the model is one."""
+    if args.disc == "head":
+        return Head(args, player)
+    if sampler.source is not player.model:
+        sampler = Sampler(player.model, DTYPES[args.dtype], args.merge)
+    return Reason(args, player, sampler)
 
 
 def learnt_labels(args, shown, B, device, first):
@@ -119,7 +124,7 @@ class Head(nn.Module):
         self.args, self.player, self.device = args, player, player.device
         self.encode, self.bos = plain_encoder(player.tokenizer), bos_ids(player.tokenizer)
         self.max_tokens = args.prefix_tokens + args.completion_tokens  # length of the longest sequence
-        size = causal_lm(player.model).config.hidden_size
+        size = causal_lm(player.model).config.get_text_config().hidden_size
         self.norm, self.linear = nn.LayerNorm(size), nn.Linear(size, 2)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -180,18 +185,19 @@ def parse_verdict(reply):
 
 def cut_alike(encode, sep, truth, completion, most):
     """Both texts cut to the same number of tokens, at most `most`, as tokenised behind sep; None where one is empty."""
-    texts = [clip(encode, sep, text, most)[0] for text in (truth, completion)]
-    sizes = [clip(encode, sep, text, most)[1] for text in texts]
-    while sizes[0] != sizes[1]:  # repeated, as the end of a cut text may be tokenised in another way
-        texts = [clip(encode, sep, text, min(sizes))[0] for text in texts]
+    texts, size = (truth, completion), most
+    while True:  # repeated, as the end of a cut text may be tokenised in another way
+        texts = [clip(encode, sep, text, size)[0] for text in texts]
         sizes = [clip(encode, sep, text, most)[1] for text in texts]
-    return tuple(texts) if sizes[0] else None
+        if sizes[0] == sizes[1]:
+            return tuple(texts) if sizes[0] else None
+        size = min(sizes)
 
 
 def verdict_ids(tokenizer, encode, prefix, completion, most=None):
     """Ids of the prompt that asks for a verdict; neither text can open or end a turn.
 
-    most: a prefix that makes the prompt longer than this loses its beginning.
+    most: maximum length; a longer prompt loses the beginning of its prefix.
     """
     head, middle, tail = (tokenizer(part, add_special_tokens=False).input_ids for part in
                           VERDICT.replace("{prefix}", "{completion}").split("{completion}"))
@@ -226,7 +232,7 @@ class Reason(nn.Module):
         self.max_prompt = positions(player.model) - reply
         self.max_tokens = (len(verdict_ids(player.tokenizer, self.encode, "", "")) + args.prefix_tokens
                            + args.completion_tokens + reply)  # length of the longest sequence
-        size = causal_lm(player.model).config.hidden_size
+        size = causal_lm(player.model).config.get_text_config().hidden_size
         self.value = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 1)).to(self.device)
         for p in self.value[1].parameters():
             nn.init.zeros_(p)  # d_value starts at exactly one half

@@ -4,7 +4,6 @@ wrong flag or a wrong folder fails before torch has loaded.
 """
 import argparse
 import difflib
-import functools
 import importlib.util
 import json
 import math
@@ -14,8 +13,7 @@ import re
 import signal
 import sys
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # set before torch loads: OpenMP threads that spin for long stall
-                                                 # everything where other jobs want the cores
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: OpenMP threads that spin stall shared cores
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
          "4bit": "nf4", "8bit": "int8", "no": "none"}  # other names of the values of --dtype and --quant
 
@@ -40,6 +38,10 @@ def escaped(text):
 def readable(text):
     """Text with its unprintable characters escaped, except for line ends and tabs."""
     return re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text)
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def short(word):
@@ -126,7 +128,7 @@ def read_json(file):
 
 
 def read_lines(file):
-    """The records of a .jsonl file; [] where there is none. A last line that was torn off in writing is left out."""
+    """The records of a .jsonl file; [] where there is none. A torn last line is dropped."""
     try:
         lines = pathlib.Path(file).read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -150,13 +152,19 @@ class Run:
         self.info = read_json(self.folder / "args.json") if self.folder.is_dir() else {}
         if not isinstance(self.info.get("args"), dict) or not isinstance(self.info["args"].get("model"), str):
             raise UserError(f"{folder} is not the folder of a run: there is no args.json with its flags in it")
+        if "prompt" not in self.info["args"]:
+            raise UserError(f"{folder} is a run of an earlier version, which this one cannot read")
         self.args = argparse.Namespace(**self.info["args"])
 
-    metrics, rollouts, floor, verdicts = (
-        functools.cached_property(lambda self, name=name: read_lines(self.folder / f"{name}.jsonl"))
-        for name in ("metrics", "rollouts", "floor", "verdicts"))
-    result, mauve = (functools.cached_property(lambda self, name=name: read_json(self.folder / f"{name}.json"))
-                     for name in ("result", "mauve"))
+    def __getattr__(self, name):
+        if name in ("metrics", "rollouts", "floor", "verdicts"):
+            value = read_lines(self.folder / f"{name}.jsonl")
+        elif name in ("result", "mauve"):
+            value = read_json(self.folder / f"{name}.json")
+        else:
+            raise AttributeError(name)
+        setattr(self, name, value)
+        return value
 
 
 def json_lines(rows):
@@ -167,7 +175,7 @@ def json_lines(rows):
 
 
 def write_whole(path, text):
-    """Write a file beside, then rename it, so that it is never there by half."""
+    """Write to a temporary file, then rename it, so that readers never see half a file."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)

@@ -19,7 +19,7 @@ import statistics
 
 import numpy as np
 
-from flags import UserError
+from flags import UserError, first_line
 
 
 def mauve_of(truth, generated, seeds):
@@ -119,7 +119,7 @@ def check_featurizer(name):
 
 def pretrained(kind, name, **settings):
     """The config, tokenizer or model of a --featurizer. No code from the hub is run."""
-    from checkpoint import DAMAGE, first_line
+    from model import DAMAGE
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **settings)
     except DAMAGE as error:
@@ -200,6 +200,23 @@ def copy_rate(prefixes, completions):
     rates = [difflib.SequenceMatcher(None, prefix, ids, autojunk=False).find_longest_match().size / len(ids)
              for prefix, ids in zip(prefixes, completions) if ids]
     return statistics.fmean(rates) if rates else None
+
+
+def batch_metrics(samples, judged, ids):
+    """Metrics of a sampled (rollout.Samples) and judged (discriminator.Judged) batch; ids: of its B completions."""
+    roll, B = samples.roll, len(samples.texts)
+    return dict(
+        p_real=judged.p_real[judged.read].mean().item(), think_closed=roll.think_closed.float().mean().item(),
+        num_think=sum(map(len, roll.think)) / B, num_completion=sum(samples.sizes) / B, distinct_2=distinct(ids, 2))
+
+
+def policy_metrics(stats, roll, with_kl):
+    """Metrics of the sampled tokens (model.TokenStats); kl and coherence are null without the KL's pass."""
+    completion = ~roll.thinking[roll.sampled]  # (N,)
+    return dict(
+        kl=stats.kl.mean().item() if with_kl else None, entropy=stats.entropy.mean().item(),
+        logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
+        coherence=(stats.ref_logp[completion] > -10).float().mean().item() if with_kl else None)
 
 
 def lengths(sequences):

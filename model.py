@@ -1,10 +1,10 @@
 """
-The base model in nf4, int8, bf16, fp16 or fp32, its rsLoRA adapters, the two players, and what a model says of marked
-tokens: log-prob, entropy and exact KL.
+The base model in nf4, int8, bf16, fp16 or fp32, its rsLoRA adapters, the two players, and statistics of marked tokens:
+log-prob, entropy and exact KL.
 
 What differs from the textbook:
 1. Log-probs, entropy and exact KL are computed from hidden states, in chunks of rows, and their gradients are taken in
-   the forward pass: positions x vocabulary never stands in memory, and no logit is computed twice.
+   the forward pass: no (positions, vocabulary) matrix is ever held in memory, and no logit is computed twice.
 2. Ids that the tokenizer lacks are sliced off; ids forbidden at a position get FORBIDDEN, in sampler and learner alike.
 
 Letters: B sequences, T tokens, N marked tokens (n in a chunk of them), K kinds of position, V vocabulary, H hidden.
@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 import pathlib
+import pickle
 import resource
 import sys
 import warnings
@@ -35,9 +36,12 @@ from flags import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = pathlib.Path(__file__).parent / "demo"
 EMBEDDED = {"demo": str(DEMO / "base"), "demo-small": str(DEMO / "small")}
+MAX_BAD_STEPS = 10     # consecutive steps without a finite gradient that end a run
 FORBIDDEN = -1e30      # in place of -inf: its probability is 0 all the same, and 0 * (x - x) stays 0 in the KL
+DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError,
+          pickle.UnpicklingError)  # what reading damaged weights can raise
 CHUNK_BYTES = 1 << 26  # size of one (n, V) fp32 buffer of token_stats, which holds up to five
-CHUNK_ROWS = 512       # most rows of one: with a small vocabulary more are slower on a CPU
+CHUNK_ROWS = 512       # maximum rows per chunk; more are slower on a CPU with a small vocabulary
 
 
 def checked_device(name):
@@ -121,7 +125,7 @@ class Player:
     def __init__(self, model, tokenizer, adapter):
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
         self.device = causal_lm(model).device
-        self.bad_steps = 0  # steps in a row, up to now, whose gradient was not finite
+        self.bad_steps = 0  # consecutive steps with a gradient that is not finite
 
     def activate(self):
         """Make its adapter the active one. Never between a forward and its backward: peft drops the gradients."""
@@ -159,6 +163,9 @@ class Player:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise UserError(f"{self.bad_steps} steps in a row had a gradient that is not finite; the last checkpoint "
+                            "is intact; start a new run with a lower learning rate, or --dtype bf16 or fp32", 1)
         return norm if math.isfinite(norm) else None
 
     def state_dict(self):
@@ -254,7 +261,7 @@ def positions(model):
 
 
 def sees_all(model):
-    """Whether every layer attends to all that stands before a token: no window, no state of another kind."""
+    """Whether every layer attends to all earlier tokens: no sliding window, no recurrent state."""
     config = causal_lm(model).config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     return kinds == {"full_attention"} or not kinds and not getattr(config, "sliding_window", None)

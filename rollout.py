@@ -7,10 +7,9 @@ What differs from the textbook:
 2. No top-k, no top-p: the learner can score exactly what was drawn. The sampler returns its own log-probs, to compare.
 3. Forced tokens (the closing of the thinking, the blank line after it) are in `ids` and not in `sampled`.
 
-Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, R and C most tokens of thinking and
-completion, L closing length, S stop ids.
+Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, R and C maximum tokens of thinking
+and completion, L closing length, S stop ids.
 """
-import bisect
 import hashlib
 import os
 from typing import NamedTuple
@@ -64,19 +63,18 @@ class Rollout(NamedTuple):
     think_closed: torch.Tensor  # (B,) the model closed its thinking by itself
     think: list                 # B lists of ids, without </think>
     reply: list                 # B lists of ids, without the stop id
-    shared: int                 # so many ids of all rows are the same at their beginning
+    shared: int                 # number of leading ids that all rows share
 
 
 class Reply:
-    """The replies of B rows while they are written. Each row is a small state machine (thinking, forced, completion,
-    done), in tensors that are changed in place, so that a CUDA graph can hold a whole step.
-    """
+    """The replies of B rows while they are written; all state is changed in place, so that a graph can hold a step."""
 
     def __init__(self, rows, rules, reasoning_tokens, completion_tokens, temperature, weight, bias):
         self.rules, self.R, self.C, self.temperature = rules, reasoning_tokens, completion_tokens, temperature
         self.weight, self.bias = weight, bias  # (V, H), (V,) or None
         self.budget = reasoning_tokens + len(rules.close) + completion_tokens
-        self.given = rules.close.tolist() if reasoning_tokens == 0 else []  # with no thinking budget, read as prompt
+        # with no thinking budget the closing is part of the prompt
+        self.given = rules.close.tolist() if reasoning_tokens == 0 else []
         self.close = rules.close if len(rules.close) else rules.close.new_zeros(1)  # (L,), never empty
 
         def zeros(*shape, dtype=torch.long):
@@ -158,10 +156,10 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
         reply.advance(reader.begin([prompt + reply.given for prompt in prompts], rules.pad))
 
     begin()
-    if step.capture():
+    if budget - len(reply.given) > 3 and step.capture():  # capturing takes the first token and two to warm up
         begin()
     for t in range(len(reply.given) + 1, budget):
-        if (rules.close.device.type == "cpu" or t % 16 == 0) and bool(reply.done.all()):  # asking a GPU means waiting
+        if (rules.close.device.type == "cpu" or t % 16 == 0) and bool(reply.done.all()):  # reading it back stalls a GPU
             break
         step()
     return gather(prompts, reply)
@@ -172,6 +170,7 @@ class Samples(NamedTuple):
     roll: Rollout
     texts: list  # B completions, without the echo, cut to completion_tokens
     sizes: list  # B numbers of their tokens
+    num_sampled: int  # sampled tokens, those that were cut off included
 
 
 class Writer:
@@ -200,18 +199,19 @@ class Writer:
         prompts = [self.prompt_ids(window.prefix) for window in windows]
         roll = rollout(self.sampler, prompts, self.rules, args.reasoning_tokens,
                        args.completion_tokens + args.echo_tokens, args.temperature, keys)
-        texts, sizes = [], []
+        texts, sizes, num_sampled = [], [], roll.sampled.sum().item()
         for i, (window, reply) in enumerate(zip(windows, roll.reply)):
             whole = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
             text, n = clip(self.encode, window.prefix + window.sep, whole, args.completion_tokens)
             texts.append(text)
             sizes.append(min(n, len(reply)))  # a special token is five when read as plain text: count it once
-            if len(text) < len(whole):  # nobody reads what is cut off, so it is not trained either
-                end = len(self.decode(reply)) - len(whole) + len(text)  # characters of the reply that are read
-                kept = bisect.bisect_left(range(len(reply)), end, key=lambda k: len(self.decode(reply[:k])))
+            if len(text) < len(whole):  # what is cut off is never judged, so it is not trained
+                end, kept = len(self.decode(reply)) - len(whole) + len(text), len(reply)  # characters, ids to keep
+                while kept and len(self.decode(reply[:kept - 1])) >= end:
+                    kept -= 1
                 completion = (roll.sampled[i] & ~roll.thinking[i]).nonzero()[:, 0]  # (n,) its positions
                 roll.sampled[i, completion[kept:]] = False
-        return Samples(roll, texts, sizes)
+        return Samples(roll, texts, sizes, num_sampled)
 
     def records(self, steps, windows, samples, reward=None, p_real=None):
         """One dict per sequence, with its step: the lines of rollouts.jsonl and floor.jsonl."""
@@ -249,7 +249,7 @@ def draw(logits, uniform):
     else:
         mass = p.cumsum(-1, dtype=torch.double)                 # (B, V) in fp32 a tail of small ones would be lost
         drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
-        drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) should the product be rounded up to the total
+        drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) in case rounding makes the product the total
     return drawn[:, 0], p.gather(1, drawn).log()[:, 0]  # (B,) each
 
 

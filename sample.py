@@ -9,14 +9,8 @@ $ python sample.py Qwen/Qwen3-0.6B --prefix "Return" --device cpu # a model with
 """
 import pathlib
 
-from flags import Parser, Run, UserError, check_device, readable
+from flags import Parser, Run, UserError, check_device, first_line, readable
 from train import parse_flags
-
-
-def split_prefix(text):
-    """A prefix as (prefix, sep): the white space at its end stands apart; a space where there is none."""
-    prefix = text.rstrip()
-    return prefix, text[len(prefix):] or " "
 
 
 def prefixes(text):
@@ -30,12 +24,6 @@ def prefixes(text):
             return
         yield line
     yield text
-
-
-def show(title, writer, samples, i):
-    think = readable(writer.decode(samples.roll.think[i]).strip())
-    thinking = f"<think> {think} </think>\n" if think else ""
-    print(f"--- {title}\n{thinking}{readable(samples.texts[i])}\n", flush=True)
 
 
 if __name__ == "__main__":
@@ -56,6 +44,8 @@ if __name__ == "__main__":
     is_run = (pathlib.Path(flags.source) / "args.json").exists()
     for wrong, message in (
         (flags.num < 1 or flags.best_of < 1, "--num and --best_of must be 1 or more"),
+        (not 0 <= (flags.temperature or 0) < 1e6, f"--temperature {flags.temperature}: must be a number from 0 up"),
+        (flags.prefix is not None and not flags.prefix.strip(), "--prefix is empty; give some text"),
         (flags.prefix is not None and flags.file, "give --prefix or --file, not both"),
         (not is_run and (flags.both or flags.best_of > 1), f"--both and --best_of need a run; {flags.source} is none"),
         (flags.base and (flags.both or flags.best_of > 1), "--base samples from the base alone; leave out --both and "
@@ -66,9 +56,12 @@ if __name__ == "__main__":
     if is_run:
         run = Run(flags.source)
         args = run.args
+        if flags.prompt == "plain":
+            args.reasoning_tokens = args.echo_tokens = 0
     else:
         embedded = flags.source in ("demo", "demo-small")
-        args = parse_flags(["--preset", "demo" if embedded else "writeup", "--model", flags.source])
+        args = parse_flags(["--preset", "demo" if embedded else "writeup", "--model", flags.source,
+                            *(["--prompt", flags.prompt] if flags.prompt else [])])
     for name in ("temperature", "seed", "device"):
         if getattr(flags, name) is not None:
             setattr(args, name, getattr(flags, name))
@@ -79,25 +72,35 @@ if __name__ == "__main__":
             given = pathlib.Path(flags.file).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise UserError(f"--file {flags.file} cannot be read: {error}") from None
+        if not given.strip():
+            raise UserError(f"--file {flags.file} is empty; give a file with some text")
 
-    from checkpoint import load_judge, load_run
-    from data import Window, prompt_template
-    from model import DTYPES, checked_device, load_players
+    from checkpoint import explain_failures, load_run, load_weights
+    from data import Window, clean, prompt_template
+    from discriminator import make_judge
+    from model import DAMAGE, DTYPES, checked_device, load_players
     from rollout import Writer
     from sampler import Sampler
 
+    explain_failures()
     device = checked_device(args.device)
     generator, discriminator = load_run(run, device) if is_run else load_players(args, device)
     args.prompt = prompt_template(flags.prompt or args.prompt, generator.tokenizer)
     sampler = Sampler(generator.model, DTYPES[args.dtype], args.merge)
     writer = Writer(sampler, generator.tokenizer, args)
-    judge = load_judge(run, discriminator, sampler) if flags.best_of > 1 else None
+    judge = make_judge(args, discriminator, sampler) if flags.best_of > 1 else None
+    if judge:
+        try:
+            load_weights(run.folder / "ckpt", [], judge)
+        except DAMAGE as error:
+            raise UserError(f"{run.folder} has no usable discriminator: {first_line(error)}") from None
     players = {"base": None, "trained": generator.adapter}
     if not flags.both:
         players = {"base": None} if flags.base or not is_run else {"trained": generator.adapter}
 
     for asked, text in enumerate(prefixes(given)):
-        prefix, sep = split_prefix(text)
+        prefix = clean(text.rstrip())
+        sep = text[len(prefix):] or " "
         generator.check_length(len(writer.prompt_ids(prefix)) + writer.max_reply)
         for name, adapter in players.items():
             windows = [Window(prefix, sep, "")] * flags.num * flags.best_of
@@ -110,4 +113,6 @@ if __name__ == "__main__":
                 rows = range(number * flags.best_of, (number + 1) * flags.best_of)
                 i = max(rows, key=p_real.__getitem__) if judge else number
                 note = f", p_real {p_real[i]:.2f}, best of {flags.best_of}" if judge else ""
-                show(f"{name} {number + 1}{note}", writer, samples, i)
+                think = writer.decode(samples.roll.think[i]).strip()
+                print(f"--- {name} {number + 1}{note}")
+                print(readable((f"<think> {think} </think>\n" if think else "") + samples.texts[i]), "\n", flush=True)

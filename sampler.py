@@ -3,8 +3,8 @@ The model as it samples: adapters merged into a copy of their layers or beside t
 and on CUDA one graph for a whole decode step.
 
 What differs from the textbook:
-1. The copy shares every weight that no adapter changes. A merged layer is made anew from the pristine weights at each
-   sync, so that no rounding adds up. Beside a quantised layer the adapter stays apart, in the compute dtype.
+1. The copy shares every weight that no adapter changes. A merged layer is recomputed from the pristine weights at each
+   sync, so that rounding errors do not accumulate. Beside a quantised layer the adapter stays apart.
 2. On CUDA the cache is transformers' StaticCache, whose tensors stay where they are, so that a graph can replay a step.
    On a CPU, and for models that have none, it is transformers' growing cache, into which the beginning that all prompts
    share is read once.
@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from model import causal_lm, head_weights, pad, sees_all
 
 BUCKET = 64  # the cache's width is a multiple of it, so that prompts of about one length share a cache and its graph
-KEPT = 6     # so many shapes keep their caches
+KEPT = 6     # number of shapes whose static caches are kept
 
 
 # -----------------------------------------------------------------------------
@@ -155,17 +155,17 @@ class StaticReader:
 class Step:
     """One decode step, a function without arguments; on CUDA it is captured in a graph once, and then replayed."""
 
-    def __init__(self, step, captures):
-        self.step, self.captures, self.graph = step, captures, None
+    def __init__(self, step, sampler):
+        self.step, self.sampler, self.graph, self.tried = step, sampler, None, False
 
     def __call__(self):
         self.graph.replay() if self.graph else self.step()
 
     def capture(self):
-        """Record the step, where that is still to be done. Returns whether state was spoiled: then begin anew."""
-        if not self.captures:
+        """Capture the step if that has not been tried. Returns True if it advanced the state: begin again."""
+        if self.tried or not self.sampler.captures:
             return False
-        self.captures, graph = False, torch.cuda.CUDAGraph()
+        self.tried, graph = True, torch.cuda.CUDAGraph()
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
         with torch.cuda.stream(side):
@@ -181,6 +181,7 @@ class Step:
             cause = error.__context__ or error  # the error of the end hides the first one
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
+            self.sampler.captures = False  # another shape would fail, too
             print(f"sampling without a CUDA graph: {str(cause).strip().splitlines()[0]}")
         return True
 
@@ -193,7 +194,7 @@ class Sampler:
     """
 
     def __init__(self, model, dtype, merge=True, static=None):
-        self.model, self.pairs = sampling_copy(model, dtype, merge)
+        self.source, (self.model, self.pairs) = model, sampling_copy(model, dtype, merge)
         wanted = self.model.device.type == "cuda" if static is None else static
         self.static = wanted and sees_all(self.model) and self.model._can_compile_fullgraph
         if wanted and not self.static:
@@ -212,16 +213,21 @@ class Sampler:
                 merge_into(sampled, layer, name)
 
     def decoder(self, key, rows, width, make_reply):
-        """(reader, reply, Step) for so many rows and columns, kept from call to call for the same key and shape.
+        """(reader, reply, Step) for so many rows and columns; static ones are kept for the same key and shape.
 
         make_reply() makes the state of the replies, whose `advance` takes hidden states (B, H) and writes `token` (B,).
         """
         width = -(-width // BUCKET) * BUCKET
         key = (key, rows, width)
-        if key not in self.kept:
+        found = self.kept.pop(key, None)
+        if found is None:
             reader = StaticReader(self.model, rows, width) if self.static else GrowingReader(self.model)
             reply = make_reply()
-            self.kept = dict([*self.kept.items()][1 - KEPT:])  # the caches of the oldest shapes are let go
-            self.kept[key] = reader, reply, Step(lambda: reply.advance(reader.read(reply.token)), self.captures)
-        self.kept[key] = self.kept.pop(key)  # the last one used stands last
-        return self.kept[key]
+            found = reader, reply, Step(lambda: reply.advance(reader.read(reply.token)), self)
+        if self.static:  # the last one used stands last, and the oldest is dropped
+            self.kept = dict([*self.kept.items()][1 - KEPT:]) | {key: found}
+        return found
+
+    def release(self):
+        """Drop the kept caches, before shapes that will not come back fill the memory."""
+        self.kept.clear()

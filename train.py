@@ -21,7 +21,7 @@ $ python train.py --resume out/demo-1                   # continue a stopped run
 """
 from argparse import BooleanOptionalAction as Switch
 
-from flags import Parser, Run, UserError, check, json_lines, read_lines, readable, short, write_whole
+from flags import Parser, Run, check, json_lines, read_lines, readable, short, write_whole
 
 # a preset only changes defaults; any flag still wins
 DEMO = dict(
@@ -32,7 +32,6 @@ DEMO = dict(
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
 MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every track".split()  # with --resume
-MAX_BAD_STEPS = 10  # steps in a row without a finite gradient that end the run
 
 
 def flags(words=None):
@@ -46,7 +45,7 @@ def flags(words=None):
     add("--dtype", type=short, choices=["bf16", "fp16", "fp32"], default="bf16", help="dtype of weights and compute")
     add("--adapters", choices=["shared", "separate"], default="shared", help="one adapter for both players or one each")
     add("--rank", type=int, default=64, help="rank of the rsLoRA adapters")
-    add("--alpha", type=float, default=8.0, help="scale of the adapters, times sqrt(rank)")
+    add("--alpha", type=float, default=8.0, help="rsLoRA alpha; the adapters are scaled by alpha / sqrt(rank)")
     add("--d_model", default=None, help="another base model for the discriminator (default: the same model)")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="pile", help="pile, demo, hub:user/name, or a path: .jsonl .parquet .csv .txt, a folder ...")
@@ -95,8 +94,9 @@ def flags(words=None):
     add("--track", choices=["none", "wandb", "trackio", "tensorboard"], default="none", help="also log to this service")
     add("--resume", default=None, help="folder of a run to continue")
     demo, reason = parser.peek("--preset") == "demo", parser.peek("--disc") == "reason"
+    plain = parser.peek("--prompt") == "plain"  # nobody asks for thinking or an echo then
     for applies, defaults in ((demo, DEMO), (reason, REASON), (demo and reason, DEMO_REASON),
-                              (parser.peek("--prompt") == "plain", dict(reasoning_tokens=0))):
+                              (plain, dict(reasoning_tokens=0, echo_tokens=0))):  # later ones win
         parser.set_defaults(**defaults if applies else {})
     return parser
 
@@ -111,24 +111,6 @@ def parse_flags(words=None):
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     check(args)
     return args
-
-
-def sampling_metrics(samples, judged, lengths, encode):
-    """What metrics.jsonl says about a batch as it was sampled and judged."""
-    roll, B = samples.roll, len(samples.texts)
-    return dict(
-        p_real=judged.p_real[judged.read].mean().item(), length_score=lengths.mean().item(),
-        think_closed=roll.think_closed.float().mean().item(), num_think=sum(map(len, roll.think)) / B,
-        num_completion=sum(samples.sizes) / B, distinct_2=distinct([encode(text)[0] for text in samples.texts], 2))
-
-
-def policy_metrics(stats, roll, with_kl):
-    """What metrics.jsonl says about the sampled tokens under the policy; null where it takes the KL's base."""
-    completion = ~roll.thinking[roll.sampled]  # (N,)
-    return dict(
-        kl=stats.kl.mean().item() if with_kl else None, entropy=stats.entropy.mean().item(),
-        logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
-        coherence=(stats.ref_logp[completion] > -10).float().mean().item() if with_kl else None)
 
 
 if __name__ == "__main__":
@@ -146,7 +128,7 @@ if __name__ == "__main__":
     from data import plain_encoder, prompt_notes, prompt_template, windows
     from discriminator import make_judge
     from evaluate import evaluate
-    from measures import check_featurizer, distinct
+    from measures import batch_metrics, check_featurizer, policy_metrics
     from model import DTYPES, TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
     from plot import draw
     from reward import Baseline, generator_reward, length_score, policy_loss
@@ -158,7 +140,8 @@ if __name__ == "__main__":
     B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0
     device = checked_device(args.device)
     explain_failures()
-    check_featurizer(args.featurizer)
+    if args.seeds:
+        check_featurizer(args.featurizer)
     tokenizer = load_tokenizer(args.model)
     args.prompt = prompt_template(args.prompt, tokenizer)
     stream = windows(args, plain_encoder(tokenizer))
@@ -167,13 +150,11 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
-    sampler = d_sampler = Sampler(generator.model, DTYPES[args.dtype], args.merge)
-    if args.d_model and args.disc == "reason":
-        d_sampler = Sampler(discriminator.model, DTYPES[args.dtype], args.merge)
+    sampler = Sampler(generator.model, DTYPES[args.dtype], args.merge)
     writer = Writer(sampler, tokenizer, args)
-    judge = make_judge(args, discriminator, d_sampler)
-    for player, needed in ((generator, writer.max_tokens), (discriminator, judge.max_tokens)):
-        player.check_length(needed)
+    judge = make_judge(args, discriminator, sampler)
+    generator.check_length(writer.max_tokens)
+    discriminator.check_length(judge.max_tokens)
     generator.optimize(args.g_lr, args)
     discriminator.optimize(args.d_lr, args, judge.parameters())
 
@@ -185,15 +166,14 @@ if __name__ == "__main__":
         first_step = restore(out_dir, players, judge, baseline)
     else:
         out_dir = make_out_dir(args.out_dir, args.preset)
+    explain_failures(out_dir)
     files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8") for name in
              ["metrics", "rollouts"] + ["verdicts"] * (args.disc == "reason")}
-    args.track_id = getattr(args, "track_id", None) or secrets.token_hex(4)
-    tracker = Tracker(args, out_dir)
-    explain_failures(out_dir)
     if not args.resume:
+        args.track_id = secrets.token_hex(4)
         save(out_dir, first_step, players, judge, baseline, files.values())
-    write_args(out_dir, args, device, resumed=bool(args.resume))
-    signals = Signals()  # from here on the run can be resumed
+    write_args(out_dir, args, device)
+    signals, tracker = Signals(), Tracker(args, out_dir)  # from here on the run can be resumed
     num_trained = sum(p.numel() for p in {*generator.params, *discriminator.params})
     print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained parameters", flush=True)
 
@@ -211,12 +191,13 @@ if __name__ == "__main__":
         write_whole(out_dir / "floor.jsonl", json_lines(rows))
         for record in rows[-3:]:
             print(readable(f"the base writes: ...{record['prefix'][-60:]} | {record['completion'][:120]}"))
+        sampler.release()
 
     # -----------------------------------------------------------------------------
-    # the loop; steps below 0 warm up the discriminator alone, on windows behind those of the run
+    # the loop; steps below 0 warm up the discriminator alone, on windows that follow the run's own
     started = time.perf_counter()
     for step in range(first_step, args.num_steps):
-        t0, lr_factor = time.perf_counter(), 1 - max(step, 0) / args.num_steps
+        t0, lr_factor = time.perf_counter(), 1 - max(step, 0) / args.num_steps  # linear decay, after the warm-up
 
         # sample: thinking and completion for each prefix
         first = step * B if step >= 0 else total + (step + args.d_warmup) * B
@@ -224,15 +205,16 @@ if __name__ == "__main__":
         samples = writer.write(batch, generator.adapter, "rollout", first)
         roll, t1 = samples.roll, time.perf_counter()
 
-        # reward: how real the discriminator finds each completion, times its length score
+        # reward: how real the discriminator finds each completion, times its length score; an empty completion is not
+        # shown to it and earns 0, and one whose verdict cannot be parsed does not count
         discriminator.activate()
         judged = judge.score(batch, samples.texts, first)
         lengths = torch.tensor([length_score(n, C) for n in samples.sizes], device=device)  # (B,)
         reward = generator_reward(judged, lengths, args.g_reward, args.d_scale)  # (B,)
+        row = dict(step=step, reward=reward[judged.counts].mean().item(), length_score=lengths.mean().item(),
+                   **batch_metrics(samples, judged, [writer.encode(text)[0] for text in samples.texts]))
 
         # generator step: REINFORCE against the baseline from before this batch, plus the KL to the base
-        row = dict(step=step, reward=reward[judged.counts].mean().item(),
-                   **sampling_metrics(samples, judged, lengths, writer.encode))
         if step >= 0:
             generator.activate()
             advantage, g_loss, parts = baseline.advantages(reward, judged.counts), 0.0, []  # (B,)
@@ -243,9 +225,10 @@ if __name__ == "__main__":
                 generator.backward(loss)
                 g_loss += loss.item()
                 parts.append([x.detach() for x in stats])
-            stats = TokenStats(*map(torch.cat, zip(*parts)))  # (N,) each
+            all_stats = TokenStats(*map(torch.cat, zip(*parts)))  # (N,) each
             row |= dict(baseline=baseline.used, advantage_sd=advantage[judged.counts].std(correction=0).item(),
-                        g_loss=g_loss, g_grad_norm=generator.step(lr_factor), **policy_metrics(stats, roll, with_kl))
+                        g_loss=g_loss, g_grad_norm=generator.step(lr_factor),
+                        **policy_metrics(all_stats, roll, with_kl))
 
         # discriminator step: cross-entropy on the real and the generated text of every prefix
         discriminator.activate()
@@ -260,17 +243,17 @@ if __name__ == "__main__":
         t2 = time.perf_counter()
 
         # log
-        skipped = [row.get("g_grad_norm", 0), d_grad_norm].count(None)
+        skipped = [row.get("g_grad_norm", 0), d_grad_norm].count(None)  # an update is skipped where the norm is None
         row |= dict(d_loss=d_loss, d_acc_real=d_acc_real, d_acc_generated=d_acc_generated, d_grad_norm=d_grad_norm,
                     g_lr=args.g_lr * lr_factor, d_lr=args.d_lr * lr_factor, skipped=skipped, seconds=t2 - t0,
                     sample_seconds=t1 - t0, update_seconds=t2 - t1, memory_gb=memory_gb(device),
-                    tokens_per_second=roll.sampled.sum().item() / (t2 - t0))
+                    tokens_per_second=samples.num_sampled / (t2 - t0))
         if step >= 0:
             d_metrics, verdicts = judge.metrics(judged, step)
             counted, read = reward.where(judged.counts, torch.nan), judged.p_real.where(judged.read, torch.nan)  # (B,)
             records = writer.records([step] * B, batch, samples, counted, read)
             for name, lines in dict(metrics=[row | d_metrics], rollouts=records, verdicts=verdicts).items():
-                if name in files:
+                if name in files:  # verdicts are there with --disc reason only
                     files[name].write(json_lines(lines))
             tracker.log(step, row | d_metrics, records[:8])
         name = f"step {step}/{args.num_steps}" if step >= 0 else f"warm-up {step + args.d_warmup + 1}/{args.d_warmup}"
@@ -280,11 +263,7 @@ if __name__ == "__main__":
               f"{datetime.timedelta(seconds=int(left))} left", flush=True)
 
         # save
-        bad_steps = max(generator.bad_steps, discriminator.bad_steps)
-        if bad_steps >= MAX_BAD_STEPS:
-            raise UserError(f"{bad_steps} steps in a row had a gradient that is not finite; the checkpoint from before "
-                            "them is intact; start anew with a lower --g_lr or --d_lr, or with --dtype bf16 or fp32", 1)
-        due = args.save_every and (step + 1) % args.save_every == 0 and not bad_steps
+        due = args.save_every and (step + 1) % args.save_every == 0 and not skipped
         if signals.stop or step + 1 == args.num_steps or due:
             save(out_dir, step + 1, players, judge, baseline, files.values())
         if signals.stop:

@@ -24,7 +24,7 @@ import pathlib
 import re
 import shutil
 
-from flags import Parser, Run, UserError, escaped, read_json, short
+from flags import Parser, Run, UserError, escaped, first_line, read_json, short
 
 # peft's settings for adapters that are more than B @ A at one scale on linear layers of an unchanged base
 NOT_PLAIN = """alora_invocation_tokens alpha_pattern arrow_config kasa_config layer_replication lora_bias
@@ -125,7 +125,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig
 
-from checkpoint import first_line
 from model import DTYPES, EMBEDDED, load_adapter, load_model
 from rollout import rules
 
