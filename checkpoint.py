@@ -46,12 +46,12 @@ def save(out_dir, step, players, judge, baseline, files):
         torch.save({"format": FORMAT, "step": step, "lengths": lengths, "baseline": baseline.state_dict(),
                     "players": [player.state_dict() for player in players]}, new / "state.pt")
         for path in [*new.rglob("*"), new]:
-            sync(path)
+            fsync(path)
         if ckpt.exists():
             shutil.rmtree(old, ignore_errors=True)
             ckpt.rename(old)
         new.rename(ckpt)
-        sync(new.parent)
+        fsync(new.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk by a RuntimeError
         if out_of_memory(error):
@@ -62,7 +62,7 @@ def save(out_dir, step, players, judge, baseline, files):
                         f"make room, then: {resume_command(out_dir)}") from None
 
 
-def sync(path):
+def fsync(path):
     """Make sure that a file, or a folder's list of names, is on the disk."""
     number = os.open(path, os.O_RDONLY)
     try:

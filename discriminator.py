@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from data import bos_ids, clip, plain_encoder
 from model import DTYPES, causal_lm, head_logits, hidden_states, micro_batches, pad, positions
 from reward import REAL, policy_loss
-from rollout import Rollout, keyed, rollout, rules, sampled_stats
+from rollout import Rollout, rng_for, rollout, rules, sampled_stats
 from sampler import Sampler
 
 WORDS = {REAL: "real", 1 - REAL: "generated"}
@@ -68,11 +68,11 @@ def make_judge(args, player, sampler):
     return Reason(args, player, sampler)
 
 
-def learnt_labels(args, shown, B, device, first):
+def training_labels(args, shown, B, device, first):
     """Labels (B, 2) to learn for real and generated text; with --d_shuffle a coin says whether a pair's are swapped."""
     labels = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1)  # (B, 2)
     for i in shown if args.d_shuffle else []:
-        if torch.rand((), generator=keyed(args.seed, "shuffle", first + i)) < 0.5:
+        if torch.rand((), generator=rng_for(args.seed, "shuffle", first + i)) < 0.5:
             labels[i] = labels[i].flip(0)  # (2,)
     return labels
 
@@ -156,7 +156,7 @@ class Head(nn.Module):
         logps = torch.tensor([[0.0, -torch.inf]], device=self.device).repeat(len(pairs), 1)  # (B, 2) surely generated
         for rows in micro_batches(shown, self.args.micro_batch):
             logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
-        labels = learnt_labels(self.args, shown, len(pairs), self.device, first)  # (B, 2)
+        labels = training_labels(self.args, shown, len(pairs), self.device, first)  # (B, 2)
         return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
 
     def loss(self, judged, rows):
@@ -210,7 +210,7 @@ class Verdicts(NamedTuple):
     """Verdicts on 2n texts."""
     roll: Rollout
     ends: torch.Tensor       # (2n,) where each prompt's last token stands
-    said: torch.Tensor       # (2n,) REAL, 1 - REAL or UNPARSED
+    verdict: torch.Tensor       # (2n,) REAL, 1 - REAL or UNPARSED
     value: torch.Tensor      # (2n,) d_value
     immediate: torch.Tensor  # (2n,) chance of `real`, out of the two words, right after an empty thinking
 
@@ -249,7 +249,7 @@ class Reason(nn.Module):
         self.sampler.sync(self.player.adapter)
         roll = rollout(self.sampler, prompts, self.rules, self.think_tokens, self.verdict_tokens, self.args.temperature,
                        keys)
-        said = torch.tensor([parse_verdict(self.decode(ids)) for ids in roll.reply], device=self.device)  # (2n,)
+        verdict = torch.tensor([parse_verdict(self.decode(ids)) for ids in roll.reply], device=self.device)  # (2n,)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)  # (2n,)
         value, immediate = (torch.zeros(len(prompts), device=self.device) for _ in range(2))  # (2n,) each
         for texts in micro_batches(range(len(prompts)), 2 * self.args.micro_batch):
@@ -259,7 +259,7 @@ class Reason(nn.Module):
             last = hidden[torch.arange(len(texts), device=self.device), ends[texts] + len(self.opening)]  # (2b, H)
             logits = head_logits(self.player.model, last)[:, self.choice].float()  # (2b, 2)
             immediate[texts] = (logits / (self.args.temperature or 1.0)).softmax(-1)[:, REAL]  # (2b,)
-        return Verdicts(roll, ends, said, value, immediate)
+        return Verdicts(roll, ends, verdict, value, immediate)
 
     @torch.no_grad()
     def score(self, windows, texts, first):
@@ -275,17 +275,17 @@ class Reason(nn.Module):
         if shown:
             keys = [(self.args.seed, "verdict", first + i, side) for side in (0, 1) for i in shown]
             verdicts = self.verdicts(prompts, keys)
-            said = verdicts.said[len(shown):]  # (n,) of the completions
-            p_real[shown], d_value[shown] = (said == REAL).float(), verdicts.value[len(shown):]  # (n,) each
-            read[shown], unread[shown] = said != UNPARSED, said == UNPARSED  # (n,) each
-        labels = learnt_labels(self.args, shown, B, self.device, first)  # (B, 2)
+            verdict = verdicts.verdict[len(shown):]  # (n,) of the completions
+            p_real[shown], d_value[shown] = (verdict == REAL).float(), verdicts.value[len(shown):]  # (n,) each
+            read[shown], unread[shown] = verdict != UNPARSED, verdict == UNPARSED  # (n,) each
+        labels = training_labels(self.args, shown, B, self.device, first)  # (B, 2)
         return Judged(shown, read, ~unread, p_real, None, d_value, labels, verdicts)
 
     def loss(self, judged, rows):
         """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
         verdicts, n, place = judged.detail, len(judged.shown), judged.shown.index(rows[0])
         texts = [first + i for first in (place, n + place) for i in range(len(rows))]
-        reward = (verdicts.said[texts] == judged.labels[rows].mT.flatten()).float()  # (2b,)
+        reward = (verdicts.verdict[texts] == judged.labels[rows].mT.flatten()).float()  # (2b,)
         stats, hidden = sampled_stats(self.player.model, verdicts.roll, texts, self.rules, self.args.temperature,
                                       self.args.d_kl_coef > 0, return_hidden=True)  # (N,) each, (2b, T, H)
         advantage = (reward - verdicts.value[texts]).repeat_interleave(verdicts.roll.sampled[texts].sum(1))  # (N,)
@@ -293,8 +293,8 @@ class Reason(nn.Module):
         logits = self.value_logits(hidden, verdicts.ends[texts])  # (2b,)
         value_loss = F.binary_cross_entropy_with_logits(logits, reward, reduction="sum")  # ()
         loss += VALUE_COEF / (2 * self.args.batch_size) * value_loss
-        said_real, said = verdicts.said[texts[:len(rows)]] == REAL, verdicts.said[texts[len(rows):]]  # (b,) each
-        right = torch.stack([said_real.sum(), (said == 1 - REAL).sum()]).float().cpu()  # (2,)
+        on_real, on_generated = verdicts.verdict[texts].chunk(2)  # (b,) each
+        right = torch.stack([(on_real == REAL).sum(), (on_generated == 1 - REAL).sum()]).float().cpu()  # (2,)
         return self.args.d_loss_scale * loss, right  # (), (2,)
 
     def metrics(self, judged, step):
@@ -305,7 +305,7 @@ class Reason(nn.Module):
             says_real = verdicts.immediate[k].item()
             rows.append(dict(
                 step=step, row=judged.shown[k % n], text=WORDS[REAL if k < n else 1 - REAL],
-                verdict=WORDS.get(verdicts.said[k].item()),
+                verdict=WORDS.get(verdicts.verdict[k].item()),
                 immediate=says_real if k < n else 1 - says_real,  # chance to be right
                 d_value=verdicts.value[k].item(), think=think, reply=reply, n_think=len(verdicts.roll.think[k])))
         values = dict(

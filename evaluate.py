@@ -19,8 +19,8 @@ import math
 import statistics
 
 from flags import Parser, Run, UserError, check_device, json_lines, read_lines, write_whole
-from measures import (audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired, reliability,
-                      repetition, self_bleu)
+from measures import (audit, check_featurizer, distinct, featurizer, lengths, mauve_of, paired, reliability,
+                      repetition)
 
 WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, with mauve-text's default seed
 LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
@@ -30,14 +30,10 @@ PAIRED = "{verdict} by {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[
 
 
 def read_run(folder):
-    """A run that can be measured; fewer than 4 sequences, or damaged ones, are an error."""
     run = Run(folder)
     if len(run.rollouts) < 4:
-        raise UserError(f"{folder} has {len(run.rollouts)} sequences, and 4 are needed; if it is a run of train.py, "
+        raise UserError(f"{folder} has {len(run.rollouts)} sequences, and MAUVE needs 4; if it is a run of train.py, "
                         f"continue it with: python train.py --resume {folder}")
-    if not all(isinstance(record.get(key), str) for record in run.rollouts + run.floor
-               for key in ("prefix", "sep", "truth", "completion")):
-        raise UserError(f"{folder}: a sequence lacks prefix, sep, truth or completion; its files are damaged")
     return run
 
 
@@ -64,7 +60,7 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
                 "fresh_ceiling": (column(fresh, "truth"), column(fresh, "other_truth"))}
     compared = {name: texts for name, texts in compared.items() if texts[1]}
     featurize = featurizer(featurizer_name, model, tokenizer, device)
-    scores = {name: mauve_of(*map(featurize, texts), [LIBRARY_SEED] if name == "mauve_last2000" else seeds)
+    scores = {name: mauve_of(*map(featurize, texts), [LIBRARY_SEED] if name == "mauve_last2000" else range(seeds))
               for name, texts in compared.items()}
     result = dict(floor=None, floor_sd=None, floor_interval=None)
     for name, score in scores.items():
@@ -80,12 +76,11 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
     elif floor:
         print(f"{folder} is not finished: its floor has other prefixes than its last {n} sequences")
     texts = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
-    report = result | dict(
-        ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, curve_sequences=curve,
-        curve=over_the_run(run.rollouts, curve, seeds, featurize),
-        texts={name: describe(model, tokenizer, *which, device) for name, which in texts.items() if which[0]})
+    texts = {name: describe(model, tokenizer, *which, device) for name, which in texts.items() if any(column(*which))}
+    report = result | dict(ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, texts=texts,
+                           curve=over_the_run(run.rollouts, curve, seeds, featurize))
     verdicts = [row for row in run.verdicts if row["step"] >= last[0]["step"]]
-    for kind in ("all texts", "generated") if verdicts else ():  # --disc reason; the reward is made of the second kind
+    for kind in ("all texts", "generated") if verdicts else ():  # --disc reason; generated texts make the reward
         rows = [row for row in verdicts if kind in ("all texts", row["text"])]
         report.setdefault("reliability", {})[kind] = reliability(
             column(rows, "d_value"), [row["verdict"] == row["text"] for row in rows])
@@ -102,28 +97,25 @@ def over_the_run(rollouts, size, seeds, featurize):
     size = size or min(total // max(count, 1), 500)
     for end in (total * i // count for i in range(1, count + 1)):
         rows = rollouts[end - size:end]
-        score = mauve_of(featurize(column(rows, "truth")), featurize(column(rows, "completion")), seeds)
+        score = mauve_of(featurize(column(rows, "truth")), featurize(column(rows, "completion")), range(seeds))
         points.append({"step": rows[-1]["step"], "num_sequences": size, **score})
     return points
 
 
 def describe(model, tokenizer, records, key, device):
-    """Diversity, repetition, copying, perplexity and length of some texts; if they are generated, also the audit."""
+    """Diversity, repetition, length and perplexity of some texts; if they are generated, also the audit."""
     from data import bos_ids, plain_encoder
     from discriminator import pair_ids
     encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
     records = [record for record in records if record[key]]
-    ids, prefixes = ([encode(text)[0] for text in column(records, name)] for name in (key, "prefix"))
-    read = {other: [pair_ids(encode, bos, r["prefix"], r["sep"], r[other], r[key]) for r in records]
-            for other in {"truth", key}}  # as a discriminator reads them; a text beside itself is not cut
-    found = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)}
-    found |= dict(self_bleu_4=self_bleu(column(records, key)), repetition=repetition(ids),
-                  copy_rate=copy_rate(prefixes, ids), length=lengths(ids) if ids else {},
-                  perplexity=perplexity(model, [pair[0] for pair in read[key] if pair], device))
-    if key != "truth":
-        sides = [[[i for i, counts in zip(*pair[side]) if counts] for pair in read["truth"] if pair] for side in (0, 1)]
-        texts = [[(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in side] for side in sides]
-        found["audit"] = audit(*texts) if len(sides[0]) >= 10 else {}
+    ids = [encode(text)[0] for text in column(records, key)]
+    pairs = [pair_ids(encode, bos, r["prefix"], r["sep"], r["truth"], r[key]) for r in records]
+    found = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)} | lengths(ids)
+    found |= dict(repetition=repetition(ids), perplexity=perplexity(model, [text for _, text in pairs], device))
+    if key != "truth" and len(pairs) >= 10:
+        sides = [[[i for i, counts in zip(*text) if counts] for text in side] for side in zip(*pairs)]
+        found |= audit(*([(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in side]
+                         for side in sides))
     return found
 
 
@@ -137,7 +129,7 @@ def perplexity(model, texts, device, batch_size=32):
         mask[:, 0] = False  # nothing predicts the first token
         with torch.no_grad(), without_adapters(model):
             logps += token_stats(model, ids, mask).logp.tolist()
-    return math.exp(-statistics.fmean(logps)) if logps else None
+    return math.exp(-statistics.fmean(logps))
 
 
 def print_report(folder, report):
@@ -154,17 +146,12 @@ def print_report(folder, report):
         print(f"  empty: {', '.join(f'{count} of {name}' for name, count in report['num_empty'].items() if count)}")
     if report["kl"] is not None:
         print(f"  KL to the base              {report['kl']:.3f} nats a token")
-    rows = {}
-    for name, found in report["texts"].items():
-        for key, value in found.items():
-            for part, x in value.items() if isinstance(value, dict) else [("", value)]:
-                x = x[0] if isinstance(x, tuple) else x
-                rows.setdefault(f"{key} {part}", {})[name] = "" if x is None else f"{x:.{1 if x >= 10 else 3}f}"
     print("\n" + " " * 30 + "".join(f"{name:>10s}" for name in report["texts"]))
-    for label, cells in rows.items():
-        print(f"  {label:28s}" + "".join(f"{cells.get(name, ''):>10s}" for name in report["texts"]))
+    for key in dict.fromkeys(key for found in report["texts"].values() for key in found):
+        cells = (found.get(key) for found in report["texts"].values())
+        print(f"  {key:28s}" + "".join(" " * 10 if x is None else f"{x:10.3g}" for x in cells))
     for kind, (bins, error) in report.get("reliability", {}).items():
-        print(f"\n  d_value, {kind:11s}verdicts  its mean     right   off by {error or 0:.3f} on average")
+        print(f"\n  d_value, {kind:11s}verdicts  its mean     right   off by {error:.3f} on average")
         for low, high, count, mean, share in bins:
             print(f"  {low:.1f} to {high:.1f}        {count:10d}{mean:10.3f}{share:10.3f}")
 
@@ -201,15 +188,12 @@ def compare(featurize, one, other):
 
 def compare_runs(runs, featurize):
     """Print how the end of the first run compares with the end of each other run, on the prefixes they share."""
-    names = "data text_field model seed prefix_tokens completion_tokens num_steps batch_size".split()  # of the stream
     ends = [{record["prefix"]: record for record in run.rollouts[-(len(run.floor) or WINDOW):]} for run in runs]
     for run, end in zip(runs[1:], ends[1:]):
         common = [prefix for prefix in ends[0] if prefix in end]
         if len(common) < 4:
-            pairs = ((name, *(getattr(each.args, name, None) for each in (runs[0], run))) for name in names)
-            reasons = [f"--{name} is {one} and {other}" for name, one, other in pairs if one != other]
-            raise UserError(f"{runs[0].folder} and {run.folder} end on {len(common)} common prefixes, and 4 are "
-                            f"needed: {', '.join(reasons) or 'one of them is not finished'}")
+            raise UserError(f"{runs[0].folder} and {run.folder} end on {len(common)} common prefixes, and 4 are needed;"
+                            " compare finished runs with equal --data, --seed, --num_steps, --batch_size and lengths")
         comparison = compare(featurize, *([each[prefix] for prefix in common] for each in (ends[0], end)))
         print(f"\n{runs[0].folder} against {run.folder}: {PAIRED.format(**comparison)}")
 
@@ -246,5 +230,5 @@ if __name__ == "__main__":
         model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
     if len(runs) > 1:
         compare_runs(runs, featurizer(name, model, tokenizer, device))
-    else:  # a --curve of an earlier call is measured again
-        evaluate(run.folder, name, seeds, model, tokenizer, device, flags.curve or run.mauve.get("curve_sequences", 0))
+    else:
+        evaluate(run.folder, name, seeds, model, tokenizer, device, flags.curve)

@@ -1,9 +1,9 @@
 """
 Measures of texts: MAUVE with intervals, features for it, diversity, a shortcut audit, calibration.
 
-MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) has c = 5 and a tenth as many clusters as texts. What differs
-from the package mauve-text, which finds the clusters:
-1. The score is computed from the histograms over clusters: equal to the package's, and 1 where they are equal.
+MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) with c = 5 and one cluster per ten texts. The package mauve-text
+finds the clusters. What differs from it:
+1. The score is computed from the clusters' histograms, to the same value.
 2. It has a 95 % interval by bootstrap over texts, and two sets of texts can be compared in pairs.
 3. Any model can make the features, in batches; for gpt2 and bert names they equal the package's.
 4. An empty text is a row of zeros, far from all others. The package drops it, so a silent model would score high.
@@ -12,9 +12,7 @@ Letters: B or N texts, T tokens, H features, S seeds, K clusters, W mixture weig
 """
 import collections
 import contextlib
-import difflib
 import os
-import random
 import statistics
 
 import numpy as np
@@ -23,25 +21,23 @@ from flags import UserError, first_line
 
 
 def mauve_of(truth, generated, seeds):
-    """MAUVE between two feature matrices (N, H), over k-means seeds: a number of them, or a list. Returns a dict: mauve
-    and mauve_star (smoothed), each the mean over seeds, with _sd; interval, 95 % by `bootstrap`; num_buckets; per_seed.
+    """MAUVE of two feature matrices (N, H), as a dict: mauve, the mean over k-means seeds, and mauve_sd; interval, 95 %
+    by `bootstrap`; num_buckets, the number of clusters; per_seed.
     """
-    seeds, sizes = range(seeds) if isinstance(seeds, int) else seeds, (len(truth), len(generated))
+    sizes = len(truth), len(generated)
     hists = np.stack([histograms(truth, generated, seed) for seed in seeds], axis=1)  # (2, S, K)
-    smooth = [(n * hist + 0.5) / (n + hist.shape[1] / 2) for n, hist in zip(sizes, hists)]  # (S, K) each
-    scores, stars = histogram_mauve(*hists), histogram_mauve(*smooth)  # (S,) each
+    scores = histogram_mauve(*hists)  # (S,)
     moved = [bootstrap(p, q, *sizes) for p, q in zip(*hists)]  # S of (num_draws,)
     return {"mauve": float(scores.mean()), "mauve_sd": float(scores.std()),
-            "mauve_star": float(stars.mean()), "mauve_star_sd": float(stars.std()),
             "interval": (scores.mean() + np.quantile(moved, (0.025, 0.975))).clip(0, 1).tolist(),
             "num_buckets": hists.shape[2], "per_seed": scores.tolist()}
 
 
 def histograms(truth, generated, seed):
-    """The shares (K,) that two feature matrices (N, H) have in their common clusters."""
+    """Share of each of K clusters in two feature matrices (N, H), clustered together: (K,) each."""
     from mauve import compute_mauve
     from threadpoolctl import threadpool_limits
-    with quiet(), threadpool_limits(1):  # more threads gain little, and make it 10 to 100 times slower on busy cores
+    with quiet(), threadpool_limits(1):  # on busy cores more threads are 10 to 100 times slower
         found = compute_mauve(p_features=truth, q_features=generated, seed=seed)
     return found.p_hist, found.q_hist  # (K,) each
 
@@ -65,9 +61,9 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
 
 
 def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
-    """How far MAUVE moves when texts are drawn with replacement and the clusters are kept: deviations (num_draws,) from
-    their mean, because drawing adds noise, which by itself lowers MAUVE. So an interval made of them is for MAUVE at
-    this number of texts; the value for infinitely many lies elsewhere.
+    """How far MAUVE moves when texts are drawn with replacement and the clusters stay: deviations (num_draws,) from
+    their mean, since the noise of drawing lowers MAUVE. The interval is for MAUVE at this number of texts, not at
+    infinitely many.
     """
     rng = np.random.default_rng(0)
     draws = [rng.multinomial(n, hist / hist.sum(), num_draws) / n for hist, n in ((p_hist, num_p), (q_hist, num_q))]
@@ -109,12 +105,10 @@ def quiet():
 # texts to features
 
 def check_featurizer(name):
-    """The config of a --featurizer (None: base); one that does not exist or does not fit is a one-line error."""
+    """Refuse a --featurizer that does not exist or cannot embed texts, from its config alone."""
     from transformers import AutoConfig
-    config = None if name == "base" else pretrained(AutoConfig, name)
-    if config and config.is_encoder_decoder:
+    if name != "base" and pretrained(AutoConfig, name).is_encoder_decoder:
         raise UserError(f"--featurizer {name} is an encoder-decoder; give an encoder, a decoder, or base")
-    return config
 
 
 def pretrained(kind, name, **settings):
@@ -128,8 +122,8 @@ def pretrained(kind, name, **settings):
 
 
 def featurizer(name, model, tokenizer, device, batch_size=32):
-    """Return `features(texts) -> (N, H) float32`, which computes no text twice. base: the mean of the hidden states of
-    `model`, adapters off. Another model id or a folder: its last token's state, of 1024 tokens at most.
+    """Return `features(texts) -> (N, H) float32`, which computes no text twice. With name base: the mean of the hidden
+    states of `model`, adapters off; with a model id or folder: the state of the last of at most 1024 tokens.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -139,9 +133,8 @@ def featurizer(name, model, tokenizer, device, batch_size=32):
     if base:
         encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
     else:
-        config = check_featurizer(name)
-        config._attn_implementation, config.use_cache = None, False  # None: no kernel from the hub
-        model = pretrained(AutoModel, name, config=config, use_safetensors=True).to(device).eval()
+        model = pretrained(AutoModel, name, use_safetensors=True).to(device).eval()
+        model.config.use_cache = False
         tokenizer = pretrained(AutoTokenizer, name)
         limit = min(1024, tokenizer.model_max_length, positions(model))
 
@@ -185,23 +178,6 @@ def repetition(sequences, n=4):
     return (total - sum(len(set(each)) for each in grams)) / total if total else None
 
 
-def self_bleu(texts, num_texts=100):
-    """Mean BLEU-4 of each text against all the others (Zhu et al. 2018), by sacrebleu, on a fixed sample: 0 to 1."""
-    from sacrebleu.metrics import BLEU
-    if len(texts) < 2:
-        return None
-    texts, bleu = random.Random(0).sample(texts, min(num_texts, len(texts))), BLEU(effective_order=True)
-    return statistics.fmean(bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
-                            for i, text in enumerate(texts)) / 100
-
-
-def copy_rate(prefixes, completions):
-    """Longest run of tokens that a completion shares with its prefix, over the completion's length: mean over pairs."""
-    rates = [difflib.SequenceMatcher(None, prefix, ids, autojunk=False).find_longest_match().size / len(ids)
-             for prefix, ids in zip(prefixes, completions) if ids]
-    return statistics.fmean(rates) if rates else None
-
-
 def batch_metrics(samples, judged, ids):
     """Metrics of a sampled (rollout.Samples) and judged (discriminator.Judged) batch; ids: of its B completions."""
     roll, B = samples.roll, len(samples.texts)
@@ -221,16 +197,15 @@ def policy_metrics(stats, roll, with_kl):
 
 def lengths(sequences):
     """Mean length in tokens and its 10, 50 and 90 % quantiles."""
-    sizes = sorted(map(len, sequences))
-    return {"mean": statistics.fmean(sizes), **{f"p{q}": sizes[len(sizes) * q // 100] for q in (10, 50, 90)}}
+    n, sizes = len(sequences), sorted(map(len, sequences))
+    return {"length_mean": statistics.fmean(sizes), **{f"length_p{q}": sizes[n * q // 100] for q in (10, 50, 90)}}
 
 
 SHORTCUTS = {  # what a classifier sees of a text, for each aspect
     "length": lambda ids, text: {"tokens": len(ids)},
     "first 3 tokens": lambda ids, text: {f"{place}={i}": 1 for place, i in enumerate(ids[:3])},
     "last 3 tokens": lambda ids, text: {f"{place}={i}": 1 for place, i in enumerate(ids[-3:])},
-    "tokenisation": lambda ids, text: {"characters": len(text) / max(len(ids), 1),
-                                       "distinct": len(set(ids)) / max(len(ids), 1)},
+    "tokenisation": lambda ids, text: {"characters": len(text) / len(ids), "distinct": len(set(ids)) / len(ids)},
     "white space": lambda ids, text: {"first": text[:1].isspace(), "last": text[-1:].isspace()} | {
         space: text.count(space) / max(len(text), 1) for space in (" ", "\n", "\t", "\r", "  ", "\n\n")},
 }
@@ -241,7 +216,7 @@ def audit(real, generated, num_folds=5):
 
     real, generated: lists of (ids, text), as the discriminator reads them, the i-th of both for the same prefix.
     Logistic regression on ids, a tree of depth 3 on sizes; cross-validated, with both texts of a prefix in one fold.
-    Returns aspect to (accuracy, standard error of 0.5, the accuracy of a guess).
+    Returns a dict from "audit: " and the aspect to the accuracy.
     """
     from sklearn import feature_extraction, linear_model, model_selection as ms, pipeline, tree
     labels, groups = np.repeat([1, 0], len(real)), np.tile(np.arange(len(real)), 2)  # (N,) each
@@ -251,17 +226,17 @@ def audit(real, generated, num_folds=5):
         model = linear_model.LogisticRegression(max_iter=1000) if of_ids else tree.DecisionTreeClassifier(max_depth=3)
         model = pipeline.make_pipeline(feature_extraction.DictVectorizer(sparse=of_ids), model)
         guesses = ms.cross_val_predict(model, rows, labels, groups=groups, cv=ms.GroupKFold(num_folds))  # (N,)
-        found[aspect] = float((guesses == labels).mean()), 0.5 / len(labels) ** 0.5
+        found[f"audit: {aspect}"] = float((guesses == labels).mean())
     return found
 
 
 def reliability(chances, outcomes, num_bins=10):
-    """Calibration of chances in [0, 1]: rows (low, high, count, mean chance, share that came true) of the bins that are
-    not empty, and the expected calibration error, the mean distance of the last two (None without chances).
+    """Calibration of chances in [0, 1]: rows (low, high, count, mean chance, share that came true) of non-empty bins,
+    and the expected calibration error, the mean distance of the last two.
     """
     bins = collections.defaultdict(list)
     for chance, true in zip(chances, outcomes):
         bins[min(int(chance * num_bins), num_bins - 1)].append((chance, bool(true)))
     rows = [(i / num_bins, (i + 1) / num_bins, len(pairs), *map(statistics.fmean, zip(*pairs)))
             for i, pairs in sorted(bins.items())]
-    return rows, sum(row[2] * abs(row[3] - row[4]) for row in rows) / len(chances) if rows else None
+    return rows, sum(row[2] * abs(row[3] - row[4]) for row in rows) / len(chances)

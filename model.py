@@ -10,6 +10,7 @@ What differs from the textbook:
 Letters: B sequences, T tokens, N marked tokens (n in a chunk of them), K kinds of position, V vocabulary, H hidden.
 """
 import contextlib
+import inspect
 import logging
 import math
 import pathlib
@@ -181,14 +182,14 @@ class Player:
 # -----------------------------------------------------------------------------
 # adapters
 
-class Wide(torch.nn.Linear):
+class Fp32Linear(torch.nn.Linear):
     """A linear layer with fp32 weights and 16-bit inputs, which are cast for the product and kept as they came."""
 
     def forward(self, x):
-        return _WideProduct.apply(x, self.weight)  # (..., out)
+        return _Fp32Product.apply(x, self.weight)  # (..., out)
 
 
-class _WideProduct(torch.autograd.Function):
+class _Fp32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
@@ -216,7 +217,7 @@ def add_adapters(model, names, rank, alpha, flag="--model"):
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         layer.cast_input_dtype_enabled = False
         for down in layer.lora_A.values():
-            down.__class__ = Wide
+            down.__class__ = Fp32Linear
     return model
 
 
@@ -260,10 +261,14 @@ def positions(model):
     return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def sees_all(model):
-    """Whether every layer attends to all earlier tokens: no sliding window, no recurrent state."""
-    config = causal_lm(model).config.get_text_config()
+def has_full_attention(model):
+    """Whether every layer attends to all earlier tokens, wherever padding puts them: no sliding window, no recurrent
+    state, no positions counted by column.
+    """
+    config, forward = causal_lm(model).config.get_text_config(), causal_lm(model).base_model.forward
     kinds = set(getattr(config, "layer_types", None) or [])
+    if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(forward).parameters:
+        return False
     return kinds == {"full_attention"} or not kinds and not getattr(config, "sliding_window", None)
 
 
@@ -275,7 +280,7 @@ def hidden_states(model, ids, shared=0):
     """
     backbone, (B, T) = causal_lm(model).base_model, ids.shape
     checkpointed = getattr(causal_lm(model), "is_activation_checkpointing", False)  # then there is no cache
-    if B == 1 or shared < T / 4 or checkpointed or not sees_all(model):
+    if B == 1 or shared < T / 4 or checkpointed or not has_full_attention(model):
         return backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
     cache = DynamicCache()
     head = backbone(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)

@@ -76,7 +76,7 @@ def legend(axes, labels, styles):
     axes.legend(lines, labels, fontsize=8, framealpha=0.7, handlelength=2.6)
 
 
-def draw_metrics(axes, runs, colours, keys):
+def plot_metrics(axes, runs, colours, keys):
     """Metrics over the steps."""
     styles = [style for _, style in zip(keys, itertools.cycle(STYLES))]
     for (run, colour), (key, style) in itertools.product(zip(runs, colours), zip(keys, styles)):
@@ -89,7 +89,7 @@ def draw_metrics(axes, runs, colours, keys):
         legend(axes, keys, [{"linestyle": style} for style in styles])
 
 
-def draw_mauve(axes, runs, colours):
+def plot_mauve(axes, runs, colours):
     """MAUVE over the run and its result, with 95 % intervals, between floor and ceiling."""
     labels = {}
     for i, (run, colour) in enumerate(zip(runs, colours)):
@@ -109,7 +109,7 @@ def draw_mauve(axes, runs, colours):
     axes.set_xlim(left=-0.05 * axes.get_xlim()[1])
 
 
-def draw(runs, file, panels=None, theme="light"):
+def plot_runs(runs, file, panels=None, theme="light"):
     """Draw panels (None: all) of runs into an open file, or to a path (no suffix: .png), and return the file."""
     if not hasattr(file, "write"):
         file = pathlib.Path(file if pathlib.Path(file).suffix else f"{pathlib.Path(file)}.png")
@@ -141,7 +141,7 @@ def draw(runs, file, panels=None, theme="light"):
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches around each panel
         for i, (title, keys, limits) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, i)
-            draw_metrics(axes, runs, colours, keys) if keys else draw_mauve(axes, runs, colours)
+            plot_metrics(axes, runs, colours, keys) if keys else plot_mauve(axes, runs, colours)
             top = 1.05 * axes.get_ylim()[1] if limits == POSITIVE else limits[1]  # a constant stays off the edge
             axes.set(title=title, ylim=(limits[0], top))
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -162,4 +162,4 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", metavar="run", help="folder of a run, out/NAME; several share the panels")
     parser.add_argument("--out", help="picture: .png, .svg or .pdf (unset: training.png in the first run's folder)")
     args = parser.parse_args()
-    print(draw([Run(folder) for folder in args.runs], args.out or pathlib.Path(args.runs[0], "training.png")))
+    print(plot_runs([Run(folder) for folder in args.runs], args.out or pathlib.Path(args.runs[0], "training.png")))

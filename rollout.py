@@ -74,7 +74,7 @@ class Reply:
         self.weight, self.bias = weight, bias  # (V, H), (V,) or None
         self.budget = reasoning_tokens + len(rules.close) + completion_tokens
         # with no thinking budget the closing is part of the prompt
-        self.given = rules.close.tolist() if reasoning_tokens == 0 else []
+        self.forced_prefix = rules.close.tolist() if reasoning_tokens == 0 else []
         self.close = rules.close if len(rules.close) else rules.close.new_zeros(1)  # (L,), never empty
 
         def zeros(*shape, dtype=torch.long):
@@ -92,10 +92,10 @@ class Reply:
         self.uniform.copy_(uniform)
         for tensor in (self.done, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
             tensor.zero_()
-        self.t.fill_(len(self.given))
-        self.out["alive"][:, :len(self.given)] = True
-        if self.given:
-            self.out["ids"][:, :len(self.given)] = self.rules.close
+        self.t.fill_(len(self.forced_prefix))
+        self.out["alive"][:, :len(self.forced_prefix)] = True
+        if self.forced_prefix:
+            self.out["ids"][:, :len(self.forced_prefix)] = self.rules.close
         self.thinking.fill_(self.R > 0)
         self.queue.fill_(len(self.rules.close))
 
@@ -142,7 +142,7 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
     assert completion_tokens > 0, "there is nothing to write"
     B, settings = len(prompts), (rules, reasoning_tokens, completion_tokens, temperature)
     budget = reasoning_tokens + len(rules.close) + completion_tokens
-    numbers = [torch.rand(budget, dtype=torch.double, generator=keyed(*key)) for key in keys]  # B of (budget,)
+    numbers = [torch.rand(budget, dtype=torch.double, generator=rng_for(*key)) for key in keys]  # B of (budget,)
     uniform = torch.stack(numbers, 1)  # (budget, B)
 
     def new_reply():
@@ -153,12 +153,12 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
 
     def begin():
         reply.reset(uniform)
-        reply.advance(reader.begin([prompt + reply.given for prompt in prompts], rules.pad))
+        reply.advance(reader.begin([prompt + reply.forced_prefix for prompt in prompts], rules.pad))
 
     begin()
-    if budget - len(reply.given) > 3 and step.capture():  # capturing takes the first token and two to warm up
+    if budget - len(reply.forced_prefix) > 3 and step.capture():  # capturing takes the first token and two to warm up
         begin()
-    for t in range(len(reply.given) + 1, budget):
+    for t in range(len(reply.forced_prefix) + 1, budget):
         if (rules.close.device.type == "cpu" or t % 16 == 0) and bool(reply.done.all()):  # reading it back stalls a GPU
             break
         step()
@@ -231,7 +231,7 @@ def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=
                        roll.shared, return_hidden)  # (N,) each
 
 
-def keyed(*key):
+def rng_for(*key):
     """A random generator, on the CPU, that is a function of the key alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

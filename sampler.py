@@ -18,10 +18,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache, StaticCache
 
-from model import causal_lm, head_weights, pad, sees_all
+from flags import UserError
+from model import causal_lm, head_weights, pad, has_full_attention
 
 BUCKET = 64  # the cache's width is a multiple of it, so that prompts of about one length share a cache and its graph
-KEPT = 6     # number of shapes whose static caches are kept
+MAX_CACHES = 6     # number of shapes whose static caches are kept
 
 
 # -----------------------------------------------------------------------------
@@ -66,6 +67,9 @@ def sampling_copy(model, dtype, merge):
     for module in base.modules():
         if isinstance(module, LoraLayer):
             layer = module.get_base_layer()
+            if not torch.is_tensor(getattr(layer, "weight", None)):
+                raise UserError(f"--model {base.config.name_or_path}: sampling does not support the adapters that peft "
+                                f"puts on {type(layer).__name__}; choose a model without a mixture of experts")
             mergeable = merge and layer.weight.is_floating_point()
             pairs.append((copy.deepcopy(layer) if mergeable else AdapterBeside(module, dtype), module))
             memo[id(module)] = pairs[-1][0]  # deepcopy then uses this layer instead of copying the module
@@ -95,7 +99,7 @@ class GrowingReader:
 
     def begin(self, prompts, pad_id):
         """Read the prompts: hidden states (B, H) of their last tokens. What all of them begin with is read once."""
-        S = len(os.path.commonprefix([prompt[:-1] for prompt in prompts])) if sees_all(self.model) else 0
+        S = len(os.path.commonprefix([prompt[:-1] for prompt in prompts])) if has_full_attention(self.model) else 0
         self.cache = DynamicCache(config=self.model.config)
         if S:
             self.model.base_model(input_ids=torch.tensor([prompts[0][:S]], device=self.model.device),
@@ -196,12 +200,12 @@ class Sampler:
     def __init__(self, model, dtype, merge=True, static=None):
         self.source, (self.model, self.pairs) = model, sampling_copy(model, dtype, merge)
         wanted = self.model.device.type == "cuda" if static is None else static
-        self.static = wanted and sees_all(self.model) and self.model._can_compile_fullgraph
+        self.static = wanted and has_full_attention(self.model) and self.model._can_compile_fullgraph
         if wanted and not self.static:
             print("sampling with a growing cache: this model has no static one")
         outliers = any(getattr(getattr(m, "state", None), "threshold", 0) for m in self.model.modules())  # LLM.int8()
         self.captures = self.static and self.model.device.type == "cuda" and not outliers
-        self.kept = {}
+        self.caches = {}
 
     @torch.no_grad()
     def sync(self, name):
@@ -219,15 +223,15 @@ class Sampler:
         """
         width = -(-width // BUCKET) * BUCKET
         key = (key, rows, width)
-        found = self.kept.pop(key, None)
+        found = self.caches.pop(key, None)
         if found is None:
             reader = StaticReader(self.model, rows, width) if self.static else GrowingReader(self.model)
             reply = make_reply()
             found = reader, reply, Step(lambda: reply.advance(reader.read(reply.token)), self)
         if self.static:  # the last one used stands last, and the oldest is dropped
-            self.kept = dict([*self.kept.items()][1 - KEPT:]) | {key: found}
+            self.caches = dict([*self.caches.items()][1 - MAX_CACHES:]) | {key: found}
         return found
 
     def release(self):
         """Drop the kept caches, before shapes that will not come back fill the memory."""
-        self.kept.clear()
+        self.caches.clear()

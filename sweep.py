@@ -1,10 +1,10 @@
 """
 Find better settings: run the corners of a two-level design, estimate each factor's effect, step up the steepest slope.
 
-    python sweep.py --factors g_lr=1e-3:2e-3:4e-3 kl_coef=0.05:0.1:0.2 -- --preset demo --num_steps 8
+    python sweep.py --factors g_lr=1e-3:2e-3:4e-3 kl_coef=0.05:0.1:0.2 --preset demo --num_steps 8
     python sweep.py --factors g_lr=5e-6:1e-5:2e-5 d_lr=5e-6:2e-5:1e-4 d_scale=0.1:1:10 --num_steps 800
     python sweep.py --factors g_lr=5e-6:1e-5:2e-5 beta1=0.9:0.93:0.95:lin --replicates 2 --jobs 4 --climb 3
-    python sweep.py --results table.csv         # analyse a table with columns g_lr, d_lr, ..., mauve; run nothing
+    python sweep.py --factors g_lr=5e-6:1e-5:2e-5 d_lr=5e-6:2e-5:1e-4 --results table.csv  # analyse a table only
 
 A factor is name=low:centre:high, on a log scale unless it ends in :lin. Flags that sweep.py lacks go to train.py. The
 same command continues a stopped sweep. It leaves sweep.csv, sweep.md, sweep.png, and a folder and a log per run.
@@ -23,7 +23,6 @@ import itertools
 import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -59,16 +58,13 @@ class Factor(collections.namedtuple("Factor", "name low centre high log")):
 
     def rounded(self, value):
         """The cleanest value within half a coded unit: 1, 2, 3 or 5 times a power of ten (log scale), or few digits."""
-        tries = [*([clean(value)] if self.log else []), *(float(f"{value:.{digits}g}") for digits in range(2, 18))]
+        tries = [float(f"{value:.{digits}g}") for digits in range(2, 18)]
+        if self.log:
+            power = math.floor(math.log10(value))
+            ladder = (float(f"{digit}e{p}") for p in (power, power + 1) for digit in (1, 2, 3, 5))
+            tries.insert(0, min(ladder, key=lambda x: abs(math.log(x / value))))  # the nearest by ratio
         value = next(x for x in tries if abs(self.coded(x) - self.coded(value)) < 0.5000001)
         return value if isinstance(self.low, float) else max(round(value), 1) if self.log else round(value)
-
-
-def clean(value):
-    """The number nearest to a positive value, by ratio, among 1, 2, 3 and 5 times powers of ten."""
-    power = math.floor(math.log10(value))
-    return min((float(f"{digit}e{p}") for p in (power, power + 1) for digit in (1, 2, 3, 5)),
-               key=lambda x: abs(math.log(x / value)))
 
 
 def design(k):
@@ -117,35 +113,25 @@ def read_factors(specs):
     return factors
 
 
-def read_table(path, specs):
-    """Factors and rows of a .csv with a header. Without specs the factors are the numeric flags that vary."""
-    def safe(text):  # in a terminal, and in a spreadsheet, where =, +, - or @ begins a formula
-        text = escaped(text or "").strip()
-        return f"'{text}" if re.match(r"[=@]|[+-](?![\d.]+(e[+-]?\d+)?$)", text) else text
-
+def read_table(path, factors):
+    """The rows of a .csv that has a column per factor and one named mauve, as rows of a Sweep."""
     try:
-        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True))
-        numeric = set() if specs else {x.dest for x in flags([])._actions if x.type in (int, float)} - {"seed"}
-        levels = {name: sorted({float(row[name]) for row in lines}) for name in lines[0] if name in numeric}
-        factors = read_factors(specs or [f"{name}={':'.join(f'{x:.12g}' for x in some)}" + ":lin" * (some[0] <= 0)
-                                         for name, some in levels.items() if len(some) > 1])
-        rows = [{"id": safe(row.get("id")) or f"{i:02d}", "seed": safe(row.get("seed")),
-                 **{f.name: float(row[f.name]) for f in factors},
-                 **{key: float(row[key]) if row[key] else None for key in MEASURED if key in row or key == "mauve"},
-                 "status": safe(row.get("status"))} for i, row in enumerate(lines)]
-        if not all(math.isfinite(f.coded(row[f.name]) + (row["mauve"] or 0)) for row in rows for f in factors):
+        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True)
+        rows = [{name: float(line[name]) for name in ("mauve", *(f.name for f in factors))}
+                for line in lines if line["mauve"]]
+        if not all(math.isfinite(f.coded(row[f.name]) + row["mauve"]) for row in rows for f in factors):
             raise ValueError("a number is nan or infinite")
-    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"--results {path}: {error}; must be a .csv with a header and finite numbers in a column per "
                         "factor, above 0 on a log scale, and one named mauve") from None
-    return factors, rows
+    return rows
 
 
 def result_of(folder):
-    """What a run measured; {} before its last step, since evaluate.py can measure a stopped run, too."""
+    """What a finished run measured, else {}: evaluate.py can measure a stopped run, too."""
     run = Run(folder) if (folder / "args.json").exists() else None
-    finished = run and run.result.get("num_steps") == run.args.num_steps and run.result.get("mauve") is not None
-    return {key: run.result.get(key) for key in MEASURED} if finished else {}
+    finished = run and run.result.get("num_steps") == run.args.num_steps
+    return {key: run.result[key] for key in MEASURED} if finished else {}
 
 
 class Sweep:
@@ -155,7 +141,7 @@ class Sweep:
         self.out_dir, self.factors, self.rows, self.args = pathlib.Path(out_dir), factors, rows, args
         self.out_dir.mkdir(parents=True, exist_ok=True)
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.jobs)))).split(",")
-        self.gpus, self.stop = (gpus * args.jobs)[:args.jobs], []  # those that no run uses; the signals that have come
+        self.gpus, self.stop = (gpus * args.jobs)[:args.jobs], []  # GPUs that no run uses; signals received
 
     def effects(self):
         points, plan = collections.defaultdict(list), design(len(self.factors))
@@ -181,11 +167,12 @@ class Sweep:
             "No next point: a corner has no MAUVE, or no factor an effect.", ""]).replace(" +- nan", "")
 
     def write(self):
-        """Write sweep.csv, sweep.md and sweep.png."""
+        """Write sweep.md, sweep.png, and unless the rows come from a table sweep.csv."""
         from matplotlib.figure import Figure  # not pyplot: no window, no state
         file, e, figure = io.StringIO(), self.effects(), Figure(figsize=(12, 4), layout="constrained")
-        csv.writer(file, lineterminator="\n").writerows([self.rows[0], *(row.values() for row in self.rows)])
-        write_whole(self.out_dir / "sweep.csv", file.getvalue())
+        if not self.args.results:
+            csv.writer(file, lineterminator="\n").writerows([self.rows[0], *(row.values() for row in self.rows)])
+            write_whole(self.out_dir / "sweep.csv", file.getvalue())
         write_whole(self.out_dir / "sweep.md", self.report())
         left, right = figure.subplots(1, 2, width_ratios=(1, 2))
         left.set(title="half-effects and standard errors", ylabel="MAUVE per coded unit")
@@ -233,7 +220,7 @@ class Sweep:
             if not self.rows:  # what train.py would refuse is refused before the first run
                 check(flags(command).parse_args())
             folder = self.out_dir / (f"{i:02d}" + f"-{r}" * (r > 0))
-            if (folder / "args.json").exists() and (Run(folder).info.get("command") or [])[1:-1] != command:
+            if (folder / "args.json").exists() and Run(folder).info["command"][1:-1] != command:
                 raise UserError(f"{folder} is a run with other flags; continue a sweep with the same command, move "
                                 "that folder away, or choose another --out_dir")
             rows.append({"id": folder.name, "seed": seed + r, **row, **dict.fromkeys(MEASURED), "status": "waiting"})
@@ -273,32 +260,28 @@ def main(argv):
     add("--jobs", type=int, default=1, help="runs at a time, each on a separate GPU")
     add("--ascent_step", type=float, default=1.5, help="coded units that the factor of the largest effect moves")
     add("--climb", type=int, default=0, help="most steps beyond the next point, while MAUVE does not fall (0: none)")
-    cut = [*argv, "--"].index("--")
-    args, words = parser.parse_known_args(argv[:cut])
-    words += argv[cut + 1:]
+    args, words = parser.parse_known_args(argv)
     for name, least, most in (("replicates", 1, 99), ("jobs", 1, 99), ("climb", 0, 99), ("ascent_step", 0.01, 10)):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to {most}")
-    train_parser = flags(words)
-    train_parser._actions.extend(parser._actions)  # a mistyped flag gets advice from both scripts
-    given = train_parser.parse_args()
-    factors, rows = read_table(args.results, args.factors) if args.results else (read_factors(args.factors), [])
+    given, factors = flags(words).parse_args(), read_factors(args.factors)
     fixed = {f"--{name}" for name in ("seed", "out_dir", "resume", *(f.name for f in factors))}
     if fixed & {word.split("=")[0] for word in words} or args.results and words or not given.seeds:
         raise UserError(f"{' '.join(words)}: a sweep sets --seed, --out_dir and its factors for each run, and needs "
                         "--seeds above 0; --results runs nothing")
     if given.adv_norm and "--d_scale" in fixed:
         raise UserError("--factors d_scale has no effect with --adv_norm, which divides it out; add --no-adv_norm")
+    rows = read_table(args.results, factors) if args.results else []
     sweep = Sweep(args.out_dir or (args.results.parent if args.results else "out/sweep"), factors, rows, args)
     if not args.results:
         sweep.climb(words)
     sweep.write()
     print("\n" + sweep.report(), flush=True)
-    failed = [row["id"] for row in sweep.rows if row["status"].startswith("failed")]
     if sweep.stop:
         print("stopped; the same command continues")
         raise SystemExit(128 + sweep.stop[0])
-    if failed and not args.results:
+    failed = [row["id"] for row in sweep.rows if row.get("status", "").startswith("failed")]
+    if failed:
         raise UserError(f"runs that failed: {', '.join(failed)}; their logs in {sweep.out_dir} say why; "
                         "the same command tries them once more", status=1)
 

@@ -130,7 +130,7 @@ if __name__ == "__main__":
     from evaluate import evaluate
     from measures import batch_metrics, check_featurizer, policy_metrics
     from model import DTYPES, TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
-    from plot import draw
+    from plot import plot_runs
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, sampled_stats
     from sampler import Sampler
@@ -278,4 +278,4 @@ if __name__ == "__main__":
         result = evaluate(out_dir, args.featurizer, args.seeds, generator.model, tokenizer, device)
         tracker.log(args.num_steps, result)
     tracker.finish()
-    draw([Run(out_dir)], out_dir / "training.png")
+    plot_runs([Run(out_dir)], out_dir / "training.png")

@@ -1,4 +1,4 @@
-"""The demo's corpus: long docstrings, and Python's reference topics, of what is installed; read with `ast`."""
+"""The demo's corpus: long docstrings of Python and of the installed packages, and Python's reference topics."""
 import ast
 import hashlib
 import importlib.metadata
@@ -14,21 +14,21 @@ PACKAGES = ("accelerate bitsandbytes datasets huggingface_hub mauve-text numpy p
 
 
 def demo_corpus():
-    """Docstrings of 600 characters and more; kept in a file beside this one, named by the versions that were read."""
+    """Texts of 600 characters and more; cached in a file beside this one, named by a hash of the versions."""
     versions = [sys.version] + [f"{name} {version}" for name in PACKAGES if (version := installed(name))]
     key = hashlib.blake2b("\n".join(versions).encode(), digest_size=6).hexdigest()
     cache = pathlib.Path(__file__).parent / f"corpus-{key}.jsonl"
     if cache.exists():
         return [json.loads(line)["text"] for line in cache.read_text(encoding="utf-8").splitlines()]
-    print("reading the demo's corpus, once: the docstrings of what is installed, half a minute", file=sys.stderr)
+    print("reading the demo's corpus from the installed packages, once: half a minute", file=sys.stderr)
     found = itertools.chain.from_iterable(map(docstrings, source_files()))
-    texts = list({text[:200]: text for text in found}.values())  # packages repeat themselves: one for each beginning
+    texts = list({text[:200]: text for text in found}.values())  # packages repeat themselves: one per beginning
     try:
         partial = cache.with_suffix(".partial")
         partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         partial.replace(cache)
     except OSError:
-        pass  # an installation that cannot be written to reads the corpus anew each time
+        pass  # a read-only checkout reads the corpus anew each time
     return texts
 
 
@@ -51,7 +51,7 @@ def installed(name):
 
 
 def docstrings(file):
-    """The long docstrings of one source file's module, classes and functions; all long strings of pydoc's topics."""
+    """The long docstrings of a file's module, classes, functions and methods; all long strings of pydoc's topics."""
     try:
         source = file.read_bytes()
         if b'"""' not in source and b"'''" not in source and file.name != "topics.py":
@@ -67,7 +67,7 @@ def docstrings(file):
     else:
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        top = [node for node in tree.body if isinstance(node, functions)]
         methods = [node for parent in classes for node in parent.body if isinstance(node, functions)]
-        parents = [tree, *classes, *(node for node in tree.body if isinstance(node, functions)), *methods]
-        found = [ast.get_docstring(node) or "" for node in parents]
+        found = [ast.get_docstring(node) or "" for node in [tree, *classes, *top, *methods]]
     return [text.strip() for text in found if len(text.strip()) >= 600]

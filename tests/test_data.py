@@ -1,6 +1,5 @@
 import gzip
 import json
-import os
 import random
 from argparse import Namespace
 
@@ -51,14 +50,11 @@ def refusal(capsys):
     return line
 
 
-# -----------------------------------------------------------------------------
-# text to ids
-
 @pytest.mark.parametrize("which", ["qwen", "demo"])
 def test_corpus_text_produces_no_special_token_and_decodes_unchanged(which, request, demo):
     tokenizer = request.getfixturevalue("qwen_tokenizer") if which == "qwen" else demo[1]
     encode, added = plain_encoder(tokenizer), set(tokenizer.get_added_vocab().values())
-    assert set(tokenizer(HOSTILE).input_ids) & added  # the tokenizer's usual way does
+    assert set(tokenizer(HOSTILE).input_ids) & added  # the tokenizer itself does
     ids, offsets = encode(HOSTILE)
     assert not set(ids) & added and tokenizer.decode(ids) == HOSTILE
     assert offsets[0][0] == 0 and offsets[-1][1] == len(HOSTILE)
@@ -66,28 +62,27 @@ def test_corpus_text_produces_no_special_token_and_decodes_unchanged(which, requ
     assert [i for i in full if i in added] == [i for i in empty if i in added]
 
 
-def unigram(normalizer=None):
-    """A tokenizer that has <s> and <unk> as ordinary pieces and knows few characters; and its pieces."""
+@pytest.fixture
+def unigram():
+    """A tokenizer that has <s> and <unk> as ordinary pieces and knows few characters."""
     pieces = [("<s>", 0.0), ("<unk>", 0.0)] + [(c, -2.0) for c in "<s>/abc \n"] + [("a b", -1.0)]
     bare = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=1))
-    bare.normalizer = normalizer
+    bare.normalizer = tokenizers.normalizers.NFKC()
     bare.add_special_tokens(["<s>", "<unk>"])
-    return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>"), [piece for piece, _ in pieces]
+    return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
 
 
-def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_out(tmp_path):
-    tokenizer, pieces = unigram(tokenizers.normalizers.NFKC())
-    encode = plain_encoder(tokenizer)
-    for text in ("a <s> b<s>", "a \uff1cs\uff1e b<s>", "<s>" * 3000):  # the second becomes <s> in the normalizer
+def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_out(tmp_path, unigram):
+    encode = plain_encoder(unigram)
+    for text in ("a <s> b<s>", "a \uff1cs\uff1e b<s>", "<s>" * 3000):  # the normalizer makes <s> of the second
         ids, offsets = encode(text)
         assert 0 not in ids and offsets[-1][1] == len(text)
-        assert "".join(pieces[i] for i in ids) == text.replace("\uff1c", "<").replace("\uff1e", ">")
+        assert "".join(unigram.convert_ids_to_tokens(ids)) == text.replace("\uff1c", "<").replace("\uff1e", ">")
     with pytest.raises(ValueError, match="special token"):
         encode("a \U0001f600 b")
-    texts = [f"{'abc' * i} b a c s" * 4 for i in range(1, 9)] + ["a b \U0001f600 c" * 9] * 3
+    texts = ["abcabc b a c s" * 4] * 5 + ["a b \U0001f600 c" * 9] * 3
     stream = windows(run(write(tmp_path / "a.jsonl", texts), prefix_tokens=4, completion_tokens=4), encode)
     assert all("\U0001f600" not in "".join(stream[p]) for p in range(40))
-    assert "3 of those tried cannot be encoded" in stream.summary()
 
 
 @pytest.mark.parametrize("template", [PROMPT, "{text}", "<s>{text}"])
@@ -108,13 +103,9 @@ def test_clip_keeps_whole_characters_and_at_most_n_tokens(encode, text):
 
 
 def test_prompts_by_name_by_file_and_by_chat_template(tmp_path, qwen_tokenizer, demo, refusal, monkeypatch):
-    wanted = ('<|im_start|>system\nYou act as a causal model of language.\nExample:\n"""\nuser:\n<prefix>\nThe user '
-              "will present a prefix they wish for you to continue,\nthen you'll start at the last few words\n"
-              "</prefix>\nassistant:\n...last few words, then continuation starts,\nand you just keep generating, "
-              'without any other commentary.\n"""\n<|im_start|>user\n<prefix>\nX\n</prefix>\n'
-              '<|im_start|>assistant\n<think>\n')
     ids = prompt_ids(qwen_tokenizer, plain_encoder(qwen_tokenizer), prompt_template("writeup"), "X")
-    assert qwen_tokenizer.decode(ids) == wanted and ids.count(151644) == 3 and ids.count(151667) == 1
+    assert qwen_tokenizer.decode(ids) == PROMPT.replace("{text}", "X") + "\n"
+    assert ids.count(151644) == 3 and ids.count(151667) == 1  # <|im_start|>, <think>
     file = tmp_path / "prompt.txt"
     file.write_text("Go on: {text}")
     assert prompt_template(str(file)) == prompt_template("Go on: {text}") == "Go on: " + prompt_template("plain")
@@ -127,26 +118,22 @@ def test_prompts_by_name_by_file_and_by_chat_template(tmp_path, qwen_tokenizer, 
     for content, wanted in ((b"{text}{text}", "2 times"), (b"x", "0 times"), (b"\xff{text}", "a text file")):
         file.write_bytes(content)
         assert wanted in refusal(prompt_template, str(file))
-    assert "give writeup, plain, chat" in refusal(prompt_template, "wirteup")
     assert "no chat template" in refusal(prompt_template, "chat", demo[1])
 
 
-def test_a_prompt_that_does_not_fit_the_tokenizer_is_noted(demo):
-    thinking, foreign = prompt_notes(PROMPT, unigram()[0], 9)
+def test_a_prompt_that_does_not_fit_the_tokenizer_is_noted(demo, unigram):
+    thinking, foreign = prompt_notes(PROMPT, unigram, 9)
     assert "</think>" in thinking and "<|im_start|>" in foreign and "--prompt plain" in foreign
-    assert prompt_notes("{text}", unigram()[0], 0) == prompt_notes(PROMPT, demo[1], 9) == []
+    assert prompt_notes("{text}", unigram, 0) == prompt_notes(PROMPT, demo[1], 9) == []
 
-
-# -----------------------------------------------------------------------------
-# windows
 
 def test_windows_are_a_pure_function_of_seed_and_position(tmp_path, encode, refusal):
     corpus = write(tmp_path / "a.jsonl", DOCUMENTS)
-    first, later, other = (windows(run(corpus, seed=seed), encode) for seed in (3, 3, 4))
-    ahead = later[100_000]  # read before the others, many epochs on
-    assert [first[i] for i in range(400)] == [later[i] for i in range(400)] and first[100_000] == ahead
-    assert [first[i] for i in range(20)] != [other[i] for i in range(20)]
-    assert windows(run(corpus, data_revision=first.revision), encode)[0]
+    one, same, other = (windows(run(corpus, seed=seed), encode) for seed in (3, 3, 4))
+    far = same[100_000]  # read before the others, many epochs on
+    assert [one[i] for i in range(400)] == [same[i] for i in range(400)] and one[100_000] == far
+    assert [one[i] for i in range(20)] != [other[i] for i in range(20)]
+    assert windows(run(corpus, data_revision=one.revision), encode)[0]
     assert "has changed" in refusal(windows, run(corpus, data_revision="other"), encode)
 
 
@@ -163,20 +150,20 @@ def test_an_epoch_shows_every_document_once_and_no_held_out_one(tmp_path, encode
     assert 0.017 < sum(held_out(f"document {i}") for i in range(20_000)) / 20_000 < 0.023
 
 
-def test_documents_without_a_window_are_replaced_by_others(tmp_path, encode, monkeypatch, refusal):
+@pytest.mark.parametrize("few", [2000, 50])  # all documents are checked at the start, or a sample
+def test_documents_without_a_window_are_replaced_by_others(few, tmp_path, encode, monkeypatch, refusal):
     odd = ["", " " * 5000, "\x00\x1b[31m" * 300, "\u202eabc \u200f" * 300, "word " * 9000, "\ud800 x" * 300]
     short = ["alpha beta gamma " * 2] * 300
+    monkeypatch.setattr(data, "FEW", few)
     monkeypatch.setattr(data, "TRIES", 20)
-    for few in (2000, 50):  # all documents are checked at the start, or a sample
-        monkeypatch.setattr(data, "FEW", few)
-        path = write(tmp_path / "a.jsonl", DOCUMENTS[:100] + odd + short)
-        stream = windows(run(path, num_steps=9, batch_size=9), encode)
-        batch = [stream[p] for p in range(300)]
-        assert len({window.prefix for window in batch}) > 200
-        assert all(window.prefix.strip() and window.truth.strip() for window in batch)
-        assert ("about " in stream.summary()) == (few == 50) and "epochs" in stream.summary()
-    stream = windows(run(write(tmp_path / "b.jsonl", short)), encode)
-    assert "no text longer than 24 tokens" in refusal(lambda: stream[0])
+    path = write(tmp_path / "a.jsonl", DOCUMENTS[:100] + odd + short)
+    stream = windows(run(path, num_steps=9, batch_size=9), encode)
+    batch = [stream[p] for p in range(300)]
+    assert len({window.prefix for window in batch}) > 200
+    assert all(window.prefix.strip() and window.truth.strip() for window in batch)
+    assert ("about " in stream.summary()) == (few == 50) and "epochs" in stream.summary()
+    only_short = run(write(tmp_path / "b.jsonl", short))
+    assert "no text longer than 24 tokens" in refusal(lambda: windows(only_short, encode)[0])
 
 
 @pytest.mark.parametrize("source", ["corpus", "pile"])
@@ -190,6 +177,7 @@ def test_neither_side_of_the_cut_begins_or_ends_with_its_white_space(source, tmp
         assert source == "pile" or any(prefix + sep + truth in text for text in DOCUMENTS)
     assert sum(sep == "" for _, sep, _ in batch) < 5
 
+
 @pytest.mark.parametrize("text", ["x" * 400, "first line\n" + "\u65e5\u672c\u8a9e\u306e\u6587" * 100])
 def test_the_cut_moves_back_by_a_bounded_distance(encode, text):
     offsets = encode(text)[1]
@@ -198,24 +186,20 @@ def test_the_cut_moves_back_by_a_bounded_distance(encode, text):
     assert sep == "" and prefix == text[:offsets[half][0]] and text.startswith(prefix + truth)
 
 
-# -----------------------------------------------------------------------------
-# files and streams
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "[a].csv", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("name", "a.jsonl a.jsonl.gz a.jsonl.zst a.json [a].csv [a].parquet a.arrow".split())
 def test_every_format_gives_the_same_texts(name, tmp_path):
     assert data.read_documents(str(write(tmp_path / name, DOCUMENTS[:9]))) == DOCUMENTS[:9]
 
 
 def test_folders_are_read_in_order_with_links_and_without_hidden_names(tmp_path):
-    for folder in ("in/.git", "in/sub", "beside"):
-        (tmp_path / folder).mkdir(parents=True)
-    root = tmp_path / "in"
+    root, long = tmp_path / "in", "\n\n".join(DOCUMENTS[:100])
+    for folder in (root / ".git", root / "sub", tmp_path / "beside"):
+        folder.mkdir(parents=True)
     write(root / "sub" / "b.jsonl.gz", ["three"])
-    (root / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "a\\ud800b"}\n')  # BOM, lone surrogate
+    (root / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "a\\ud800b"}\n')
     (root / "z.txt").write_bytes(b"four\nlines \xff")
     for hidden in ("._z.txt", ".git/x.md", "unknown.bin"):
         (root / hidden).write_text("no")
-    long = "\n\n".join(DOCUMENTS[:100])
     (tmp_path / "beside/c.md").write_text(long)
     (root / "zz").symlink_to(tmp_path / "beside")
     (root / "sub/loop").symlink_to(root)
@@ -225,32 +209,26 @@ def test_folders_are_read_in_order_with_links_and_without_hidden_names(tmp_path)
     assert all(10_000 <= len(part) <= 20_002 and part.endswith("\n\n") for part in parts[:-1])
 
 
-def test_a_few_bad_lines_are_named_and_left_out(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", DOCUMENTS)
-    path.write_text(path.read_text() + '{"text": 5}\n{"torn": "lin')
-    assert len(data.read_documents(str(path))) == 300
-    printed = capsys.readouterr().err
-    assert "2 of 302" in printed and "record 301 (text)" in printed and "a.jsonl: record 302 (not JSON)" in printed
+def test_a_few_records_without_a_text_are_left_out(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [*DOCUMENTS, None])
+    path.write_text(path.read_text() + '{"torn": "lin')
+    assert data.read_documents(str(path)) == DOCUMENTS
+    assert "2 of 302" in (printed := capsys.readouterr().err) and "record 301: {'text': None}" in printed
 
 
-ZST, GZ = zstandard.compress(os.urandom(9999)), gzip.compress(b"x" * 99999)
-BAD = {  # name of the file, its content, what the error says
-    "missing": ("a.jsonl", None, "does not exist"), "unknown kind": ("a.bin", b"x", "is none of"),
-    "not JSON": ("a.jsonl", b"hello\n", "not JSON"), "half a .json": ("a.json", b'[{"text": "a', "cannot be read"),
-    "other field": ("a.jsonl", b'{"c": "x"}\n', "(c)"), "other column": ("a.csv", b"content\nx\n", "(content)"),
-    "not zst": ("a.jsonl.zst", b"x", "cannot be read"), "half .zst": ("a.jsonl.zst", ZST[:5000], "cannot be read"),
-    "bad .gz": ("a.jsonl.gz", GZ[:60] + b"\xff" * 20 + GZ[80:], "cannot"), "half .gz": ("a.jsonl.gz", GZ[:60], "not"),
-    "not parquet": ("a.parquet", b"x", "cannot be read"), "not arrow": ("a.arrow", b"ARROW1 x", "cannot be read"),
-    "too short": ("a.jsonl", b'{"text": "a b"}\n', "no text longer than 24"), "empty": ("a.md", b"", "no text longer"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_source_is_one_line_that_names_the_flag(name, tmp_path, encode, refusal):
-    file, content, wanted = BAD[name]
+@pytest.mark.parametrize("name, content, wanted", [
+    ("a.bin", b"x", "hub:user/name"), ("missing.jsonl", None, "cannot be read"),
+    ("a.jsonl", b'"x"\nhello\n', "record 2: None"), ("a.json", b'[{"text": "a', "cannot be read"),
+    ("a.jsonl", b'{"c": "x"}\n', "{'c': 'x'}"), ("a.csv", b"content\nx\n", "{'content': 'x'}"),
+    ("a.jsonl.zst", zstandard.compress(bytes(9999))[:9], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"x" * 99999)[:60], "cannot be read"),
+    ("a.parquet", b"x", "cannot be read"), ("a.arrow", b"ARROW1 x", "cannot be read"),
+    ("a.jsonl", b'{"text": "a b"}\n', "no text longer than 24"), ("a.md", b"", "no text longer"),
+])
+def test_a_bad_source_is_one_line_that_names_the_flag(name, content, wanted, tmp_path, encode, refusal):
     if content is not None:
-        (tmp_path / file).write_bytes(content)
-    printed = refusal(windows, run(tmp_path / file), encode)
+        (tmp_path / name).write_bytes(content)
+    printed = refusal(windows, run(tmp_path / name), encode)
     assert wanted in printed and "--data" in printed
 
 
@@ -262,18 +240,16 @@ def test_a_stream_reads_floor_and_warm_up_first_and_can_be_entered_anywhere(sour
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, config, revision, **kw: load(str(tmp_path), **kw))
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo: Namespace(sha=f"commit of {repo}"))
-    monkeypatch.setattr(data, "KEEP", 8)
     flags = run(source, num_steps=20, batch_size=4, floor_sequences=10, d_warmup=2, seed=1)
     stream = windows(flags, encode)
-    assert stream.count == 1 and stream.revision.startswith("commit of ")
+    assert len(stream.seen) == 1 and stream.revision.startswith("commit of ")
     needed = [stream[p] for p in range(70, 88)]  # the run's last 10 windows, then those of the warm-up
-    assert stream.count == 18
+    assert len(stream.seen) == 18
     rest = [stream[p] for p in range(88)]
-    assert rest[70:] == needed and stream.count == 88 and len(stream.seen) <= 18 + 8
-    resumed = windows(flags, encode)
-    assert resumed[60] == rest[60] and resumed[3] == rest[3]  # ahead, then back to one that was forgotten
+    assert rest[70:] == needed and len(stream.seen) == 88
+    assert windows(flags, encode)[60] == rest[60]  # entered ahead
     assert windows(flags, encode)[200] == stream[200]  # past the run, epochs later
-    assert windows(run(source, num_steps=20, batch_size=4), encode).count == 1  # neither floor nor warm-up
+    assert len(windows(run(source, num_steps=20, batch_size=4), encode).seen) == 1  # neither floor nor warm-up
 
 
 def test_a_stream_that_is_out_of_reach_is_one_line(encode, refusal):

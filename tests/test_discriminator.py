@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import Window
-from discriminator import (UNPARSED, VALUE_COEF, Head, Reason, cut_alike, discriminator_loss, learnt_labels, pair_ids,
+from discriminator import (UNPARSED, VALUE_COEF, Head, Reason, cut_alike, discriminator_loss, training_labels, pair_ids,
                            parse_verdict, verdict_ids)
 from model import Player, adapter_parameters
 from reward import REAL, policy_loss
@@ -33,7 +33,7 @@ def judge_of(tiny, kind=Head, start=False, **flags):
 
 
 @pytest.mark.parametrize("opening", ["", " ", "\n\n", "\t \n", "... of the given ", "\u2026of the given\n"])
-def test_a_generator_that_writes_the_truth_cannot_be_told_from_it(encode, opening):
+def test_a_generator_that_writes_the_truth_is_indistinguishable(encode, opening):
     completion = strip_echo(opening + TRUTH, PREFIX, 16)
     real, generated = pair_ids(encode, [], PREFIX, SEP, TRUTH, completion)
     assert real == generated and sum(real[1]) > 5
@@ -87,7 +87,7 @@ def test_a_judgement_depends_on_its_text_and_its_position_alone(kind, tiny):
 
 def test_shuffled_labels_are_a_coin_a_pair_whatever_the_batch():
     args = argparse.Namespace(d_shuffle=True, seed=0)
-    labels, part = (learnt_labels(args, range(n), n, "cpu", 400 - n) for n in (400, 300))  # (B, 2) each
+    labels, part = (training_labels(args, range(n), n, "cpu", 400 - n) for n in (400, 300))  # (B, 2) each
     assert (labels.sum(1) == REAL).all() and 160 < labels[:, 0].sum() < 240 and torch.equal(labels[100:], part)
 
 
@@ -105,8 +105,8 @@ def test_losses_of_the_head_equal_hand_values():
 
 def judged_by(judge, monkeypatch):
     """A judgement; the verdicts of a Reason are those of SAID."""
-    said = iter(SAID)
-    monkeypatch.setattr("discriminator.parse_verdict", lambda reply: next(said))
+    verdict = iter(SAID)
+    monkeypatch.setattr("discriminator.parse_verdict", lambda reply: next(verdict))
     return judge.score(WINDOWS, TEXTS, 0)
 
 

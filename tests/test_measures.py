@@ -7,8 +7,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from conftest import shared
 from flags import UserError
-from measures import (audit, bootstrap, check_featurizer, copy_rate, distinct, featurizer, histogram_mauve, lengths,
-                      mauve_of, paired, quiet, reliability, repetition, self_bleu)
+from measures import (audit, bootstrap, check_featurizer, distinct, featurizer, histogram_mauve, lengths, mauve_of,
+                      paired, quiet, reliability, repetition)
 
 TEXTS = ["Return the sum.", "A longer text: " + "its padding must reach no other text, " * 6, "x"]
 
@@ -21,14 +21,13 @@ def test_mauve_is_the_librarys_and_near_the_stored_scores(name):
     with quiet():
         theirs = compute_mauve(p_features=p, q_features=q)
     ours = mauve_of(p, q, [25])
-    for key in ("mauve", "mauve_star"):
-        assert abs(ours[key] - getattr(theirs, key)) < 1e-12 and abs(ours[key] - stored[key]) < 0.02
+    assert abs(ours["mauve"] - theirs.mauve) < 1e-12 and abs(ours["mauve"] - stored["mauve"]) < 0.02
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("texts", [np.zeros((40, 8)), np.random.default_rng(0).normal(size=(32, 8))])
 def test_equal_texts_score_one(texts):
-    assert mauve_of(texts, texts, 2)["mauve"] == pytest.approx(1, abs=1e-12)
+    assert mauve_of(texts, texts, range(2))["mauve"] == pytest.approx(1, abs=1e-12)
 
 
 def test_the_interval_is_as_wide_as_new_samples_are_apart():
@@ -46,7 +45,8 @@ def test_a_run_is_not_told_apart_from_itself_and_a_better_one_is_higher():
     same, better = paired(truth, far, far, 20), paired(truth, near, far, 20)
     assert same == {"difference": 0, "interval": [0, 0], "verdict": "not told apart", "num_sequences": 200}
     assert better["verdict"] == "higher" and 0 < better["interval"][0] < better["difference"] < better["interval"][1]
-    assert better["difference"] == pytest.approx(mauve_of(truth, near, 5)["mauve"] - mauve_of(truth, far, 5)["mauve"])
+    near_mauve, far_mauve = (mauve_of(truth, texts, range(5))["mauve"] for texts in (near, far))
+    assert better["difference"] == pytest.approx(near_mauve - far_mauve)
     assert paired(truth, far, near, 20)["verdict"] == "lower"
     assert paired(truth, near, also_near, 20)["verdict"] == "not told apart"
 
@@ -73,30 +73,28 @@ def test_other_features_are_those_of_mauve_text_whatever_the_batch(kind, config,
     np.testing.assert_allclose(featurizer(folder, None, None, "cpu")(TEXTS), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_featurizer_is_checked_by_its_config_and_never_runs_code_or_pickles(tmp_path, capsys):
-    config, own = BertConfig(hidden_size=32).to_dict(), {"AutoConfig": "own.Config"}
-    for change in ({"is_encoder_decoder": True}, {"model_type": "own", "auto_map": own}, None):
-        (tmp_path / "config.json").write_text(json.dumps(change and config | change))
-        with pytest.raises(UserError):
-            check_featurizer(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    assert check_featurizer(str(tmp_path)).hidden_size == 32 and check_featurizer("base") is None
+def test_a_featurizer_that_does_not_fit_is_one_line(tmp_path, capsys):
+    config, own = BertConfig(hidden_size=32).to_dict(), {"AutoConfig": "own.Config"}  # no code from the hub is run
+    for change in ({"is_encoder_decoder": True}, {"model_type": "own", "auto_map": own}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        if change:
+            with pytest.raises(UserError):
+                check_featurizer(str(tmp_path))
+    check_featurizer(str(tmp_path))
+    torch.save({}, tmp_path / "pytorch_model.bin")  # pickles are not read
     with pytest.raises(UserError):
         featurizer(str(tmp_path), None, None, "cpu")
-    assert capsys.readouterr().err.count("error: --featurizer") == 4
+    assert capsys.readouterr().err.count("error: --featurizer") == 3
 
 
 def test_measures_equal_hand_values():
     assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and distinct([[1, 1, 1]], 1) == 1 / 3
     assert repetition([[1, 2, 3, 1, 2, 3]], 2) == 2 / 5 and repetition([[1, 2, 3], [1, 2, 3]], 2) == 0
-    assert copy_rate([[1, 2], [1, 2, 3, 4]], [[1, 2], [9, 2, 3, 8]]) == 0.75
-    assert self_bleu(["a b c d e", "a b c d f"]) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
-    assert distinct([[1], []], 2) is repetition([[1, 2]], 4) is copy_rate([[1]], [[]]) is self_bleu(["alone"]) is None
-    assert lengths([[0] * n for n in range(101)]) == {"mean": 50, "p10": 10, "p50": 50, "p90": 90}
+    assert distinct([[1], []], 2) is repetition([[1, 2]], 4) is None
+    assert lengths([[0] * n for n in range(101)]) == dict(length_mean=50, length_p10=10, length_p50=50, length_p90=90)
     rows, error = reliability([0.0, 0.1, 0.3, 0.5, 0.7, 1.0], [False, True, False, True, True, False], num_bins=2)
     assert rows == [(0.0, 0.5, 3, pytest.approx(0.4 / 3), 1 / 3), (0.5, 1.0, 3, pytest.approx(2.2 / 3), 2 / 3)]
-    assert error == pytest.approx(0.5 * 0.2 + 0.5 * 0.2 / 3) and reliability([], []) == ([], None)
+    assert error == pytest.approx(0.5 * 0.2 + 0.5 * 0.2 / 3)
 
 
 @pytest.mark.parametrize("name, plant", [
@@ -109,6 +107,6 @@ def test_the_audit_finds_a_planted_shortcut_and_no_other(name, plant):
     rows = np.random.default_rng(0).integers(0, 26, (400, 20)).tolist()
     texts = [(ids, "".join(chr(97 + i) for i in ids)) for ids in rows]
     found = audit(texts[:200], [plant(*text) for text in texts[200:]])
-    assert found.pop(name)[0] > 0.9
-    for other in {"length", "first 3 tokens", "last 3 tokens"} & found.keys():  # the other two may see a plant as well
-        assert abs(found[other][0] - 0.5) < 4 * found[other][1], other
+    assert found.pop(f"audit: {name}") > 0.9
+    for other in {"audit: length", "audit: first 3 tokens", "audit: last 3 tokens"} & found.keys():
+        assert abs(found[other] - 0.5) < 4 * 0.5 / 400 ** 0.5, other  # the aspects left out may see a plant as well

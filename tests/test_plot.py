@@ -2,16 +2,14 @@
 import json
 import math
 import re
-import runpy
-import sys
 
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from conftest import ROOT
+from conftest import run_script
 from flags import Run
-from plot import STYLES, THEMES, draw, draw_mauve, draw_metrics, panels_of, series, smooth
+from plot import STYLES, THEMES, panels_of, plot_mauve, plot_metrics, plot_runs, series, smooth
 from tools.report import page, samples_by_step
 
 HOSTILE = ("</script><script>document.title='hacked'</script> <!-- \" ' & <b>bold</b> \u2028 \u202e \x1b[31m \ud83d "
@@ -26,7 +24,7 @@ def write(file, records):
 def made_up(folder, num_steps=5, batch_size=10, **metrics):
     """A finished run with the base model's text for its last 15 prefixes; kl is null in step 2."""
     folder.mkdir()
-    args = {"model": "demo", "data": "demo", "batch_size": batch_size, "num_steps": num_steps, "out_dir": HOSTILE}
+    args = dict(model="demo", data="demo", prompt=HOSTILE, batch_size=batch_size, num_steps=num_steps)
     (folder / "args.json").write_text(json.dumps({"args": args, "device": "cpu"}))
     rows = [{"step": step, **dict.fromkeys(LOGGED, 0.5 + step / 10), **metrics} for step in range(num_steps)]
     write(folder / "metrics.jsonl", [row | {"kl": None} if row["step"] == 2 else row for row in rows])
@@ -70,7 +68,7 @@ def test_a_fine_tuning_run_is_drawn_and_a_rare_metric_is_joined(run):
 
 def test_a_null_is_a_gap_also_when_smoothed_and_no_metric_of_a_panel_is_dropped(run):
     axes = Figure().subplots()
-    draw_metrics(axes, [run], ["red"], ["kl", *LOGGED[:4]])
+    plot_metrics(axes, [run], ["red"], ["kl", *LOGGED[:4]])
     assert len(lines_of(axes)) == 5 > len(STYLES)
     assert [math.isnan(y) for y in lines_of(axes)[0].get_ydata()] == [False, False, True, False, False]
     assert smooth([1.0, 2.0, 6.0, 1.0], 3) == [1.5, 3, 3, 3.5]
@@ -79,7 +77,7 @@ def test_a_null_is_a_gap_also_when_smoothed_and_no_metric_of_a_panel_is_dropped(
 
 def test_mauve_is_a_curve_with_interval_floor_ceiling_and_result(run):
     axes = Figure().subplots()
-    draw_mauve(axes, [run], ["red"])
+    plot_mauve(axes, [run], ["red"])
     curve, floor, ceiling, result = lines_of(axes)
     assert list(curve.get_xdata()) == [2, 4] and list(curve.get_ydata()) == [0.4, 0.8] and result.get_xdata()[0] == 4
     assert [line.get_ydata()[0] for line in (floor, ceiling, result)] == [0.2, 0.95, 0.8]
@@ -92,7 +90,7 @@ def test_mauve_is_a_curve_with_interval_floor_ceiling_and_result(run):
 def test_runs_are_drawn_over_each_other_in_a_grid_that_grows(tmp_path):
     first, second = made_up(tmp_path / "_a$b$c"), made_up(tmp_path / "more", 1, **dict.fromkeys("abcd", 1))
     for name, runs in {"one": [first], "both": [first, second], "many": [first] * 8}.items():  # 8: more than colours
-        draw(runs, tmp_path / f"{name}.png")
+        plot_runs(runs, tmp_path / f"{name}.png")
     one, both, many = (imread(tmp_path / f"{name}.png") for name in ("one", "both", "many"))
     assert both.shape[0] - one.shape[0] == 297  # 9 panels for 5: a row more of 2.7 inches at 110 dpi
     assert one.shape == many.shape and (one != many).any()
@@ -118,22 +116,14 @@ def test_base_and_trained_text_of_one_prefix_stand_together(run):
     assert steps[2]["means"] == {"reward": 0.7, "d_acc_real": 0.7, "d_acc_generated": 0.7}  # kl is null
 
 
-@pytest.mark.parametrize("words, status, said", [
+@pytest.mark.parametrize("words, status, printed", [
     ("plot.py RUN", 0, "training.png"), ("plot.py RUN --out RUN/a", 0, "RUN/a.png"), ("plot.py RUN NO", 2, "NO is not"),
     ("plot.py NEW", 2, "after its first step"), ("plot.py RUN --out RUN/no/a.png", 2, "--out"),
     ("plot.py RUN --out a.foo", 2, "foo"), ("tools/report.py RUN", 0, "RUN/report.html"),
     ("tools/report.py NO", 2, "NO is not"), ("tools/report.py RUN --out RUN/no/page.html", 2, "--out"),
-    ("tools/report.py RUN --samples_per_step 0", 2, "at least 1"),
-    ("tools/report.py RUN --most_steps 1", 2, "at least 2")])
-def test_a_command_prints_one_line(words, status, said, run, tmp_path, monkeypatch, capsys):
+    ("tools/report.py RUN --samples_per_step 0", 2, "at least 1")])
+def test_a_command_prints_one_line(words, status, printed, run, tmp_path):
     (made_up(tmp_path / "NEW").folder / "metrics.jsonl").write_text("")
-    script, *words = (word.replace("RUN", str(run.folder)).replace("NEW", f"{tmp_path}/NEW") for word in words.split())
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-        assert status == 0
-    except SystemExit as end:
-        assert end.code == status
-    out, error = capsys.readouterr()
-    assert (error if status else out).replace(str(run.folder), "RUN").count(said) and (out + error).count("\n") == 1
+    ended = run_script(*words.replace("RUN", str(run.folder)).replace("NEW", f"{tmp_path}/NEW").split())
+    assert ended.status == status and (ended.out + ended.err).count("\n") == 1
+    assert printed in (ended.err if status else ended.out).replace(str(run.folder), "RUN")

@@ -7,8 +7,6 @@ import torch
 from discriminator import Judged
 from reward import REAL, Baseline, generator_reward, length_score, policy_loss
 
-NAN = math.nan
-
 
 def test_length_score_is_n_over_the_budget_and_at_most_one():
     assert [length_score(n, 4) for n in (0, 1, 2, 4, 9)] == [0.0, 0.25, 0.5, 1.0, 1.0]
@@ -53,7 +51,7 @@ TABLE = [([1.0, 3.0], [1, 1], 2.0, [-1.0, 1.0], 2.0, 1.0),   # the first batch s
          ([4.0, 4.0], [1, 1], 2.0, [2.0, 2.0], 3.0, 2.5),    # compared with the mean from before it
          ([5.0, 99.0], [1, 0], 3.0, [2.0, 0.0], 4.0, 3.25),  # what does not count earns nothing and moves nothing
          ([7.0, 8.0], [0, 0], 4.0, [0.0, 0.0], 4.0, 3.25),   # nothing counts
-         ([NAN, 4.0], [1, 1], 4.0, [NAN, 0.0], 4.0, 3.25)]   # a reward that is not finite moves nothing
+         ([math.nan, 4.0], [1, 1], 4.0, [math.nan, 0.0], 4.0, 3.25)]   # a reward that is not finite moves nothing
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -68,7 +66,7 @@ def test_the_baseline_equals_the_table_and_its_state_is_all_there_is(normalize):
             assert (one.used, one.mean, one.variance) == pytest.approx((used, mean, variance))
 
 
-@pytest.mark.parametrize("reward, counts", [([1.0, 2.0], [0, 0]), ([NAN, 1.0], [1, 1]), ([math.inf, 1.0], [1, 1])])
+@pytest.mark.parametrize("reward, counts", [([1.0, 2.0], [0, 0]), ([math.nan, 1.0], [1, 1]), ([math.inf, 1.0], [1, 1])])
 def test_a_first_batch_without_a_finite_mean_leaves_the_baseline_unset(reward, counts):
     baseline, counts = Baseline(0.9, True), torch.tensor(counts) > 0
     assert not baseline.advantages(torch.tensor(reward), counts)[~counts].any() and baseline.mean is None

@@ -6,8 +6,8 @@ Measure speed and memory against generate(), plain torch and TRL.
     python -m tools.bench --model qwen3-8b-random        # Qwen3-8B with random weights on one GPU, no download
     python -m tools.bench --model qwen3-8b-random --quant nf4 --micro_batch 1
 
-Flags of train.py set the model and the step; those for data, files and the length of a run have no effect.
-The comparisons with TRL need: pip install trl==1.16.0 accelerate==1.15.0
+The flags of train.py for models, losses and optimizers work here too. Rows with TRL need:
+pip install trl==1.16.0 accelerate==1.15.0
 
 What differs from the textbook:
 1. Calls that are compared take turns in one process. A ratio is taken turn by turn: median (least to most).
@@ -17,6 +17,7 @@ What differs from the textbook:
 
 Letters: B sequences, P prompt tokens, R and C tokens of thinking and completion, N positions, V vocabulary, H hidden.
 """
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -53,7 +54,7 @@ def flags(words=None):
 
 
 def check(args):
-    check_values(args, "rank alpha batch_size prompt_tokens completion_tokens repeats".split())
+    check_values(args, "rank alpha batch_size prompt_tokens completion_tokens temperature repeats".split())
     if args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size}: must be even, as GRPO compares two samples of each prompt")
     if args.json and (os.path.isdir(args.json) or not os.access(pathlib.Path(args.json).parent, os.W_OK)):
@@ -65,8 +66,7 @@ def check(args):
 if __name__ == "__main__":
     args = check(flags().parse_args())
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces itself otherwise,
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns when a tensor from before the trace is freed
+os.environ.update(KINETO_LOG_LEVEL="6", TORCH_CPP_LOG_LEVEL="ERROR")  # torch's profiler is chatty otherwise
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -78,8 +78,8 @@ from transformers.utils import logging
 from checkpoint import explain_failures, provenance
 from data import Window
 from discriminator import Head
-from model import (CHUNK_BYTES, DTYPES, Player, add_adapters, causal_lm, checked_device, load_model, micro_batches,
-                   token_stats)
+from model import (CHUNK_BYTES, DTYPES, Player, add_adapters, causal_lm, checked_device, checkpoint_layers, load_model,
+                   micro_batches, positions, token_stats)
 from reward import Baseline, generator_reward, policy_loss
 from rollout import Rules, rollout, sampled_stats
 from sampler import Sampler
@@ -116,24 +116,21 @@ def peak(call, device):
 
 def compare(calls, repeats, device, scale=1.0, unit="s"):
     """Run the calls of a dict in turn and print, for each, seconds times a scale, memory, and the first one's ratio."""
-    memory, seconds, ratio = {name: peak(call, device) for name, call in calls.items()}, {}, {}  # also warms them up
-    clocks = [Clock(device) for _ in range(repeats)]
-    for clock in clocks:
-        clock.last = time.perf_counter()
+    memory = {name: peak(call, device) for name, call in calls.items()}  # also warms them up
+    turns, seconds, ratio, (ours, *_) = [], {}, {}, calls
+    for _ in range(repeats):
+        clock = Clock(device)
         for name, call in calls.items():
             call()
             clock(name)
+        turns.append(clock.spent)
     for name in calls:
-        seconds[name] = [clock.spent[name] for clock in clocks]
-        turns = [a / b for a, b in zip(seconds[next(iter(calls))], seconds[name])]
-        ratio[name] = statistics.median(turns), min(turns), max(turns)
+        seconds[name], ratios = [turn[name] for turn in turns], [turn[ours] / turn[name] for turn in turns]
+        ratio[name] = statistics.median(ratios), min(ratios), max(ratios)
         print(f"{name:<24}{scale * statistics.median(seconds[name]):>10.4g} {unit:<12}{memory[name]:>8.3f} GiB    "
               "ours / this {:.2f} ({:.2f} to {:.2f})".format(*ratio[name]), flush=True)
     return dict(seconds=seconds, memory_gib=memory, ratio=ratio)
 
-
-# -----------------------------------------------------------------------------
-# models, texts, a training step
 
 def base_model(args, device):
     """The model of --model; the weights are the same at each call."""
@@ -160,10 +157,12 @@ class Game:
         self.args, B, P = args, args.batch_size, args.prompt_tokens
         self.num_positions = B * (args.reasoning_tokens + args.completion_tokens)
         self.model = add_adapters(base_model(args, device), adapters, args.rank, args.alpha)
-        self.vocab = V = causal_lm(self.model).get_output_embeddings().weight.shape[0]
+        V = causal_lm(self.model).get_output_embeddings().weight.shape[0]
+        if args.grad_ckpt:
+            checkpoint_layers(self.model)
 
-        # the words are the ids: "17 4" is [17, 4]. The end is V, one above the model's ids; a pad token "0" would be
-        # cut out of "10"
+        # the tokenizer's words are the ids: "17 4" is [17, 4]. Its end token is V, one above the model's ids. It has no
+        # pad token: a special token "0" would be cut out of "10"
         words = Tokenizer(models.WordLevel({str(i): i for i in range(V + 1)}, unk_token="0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(V))
@@ -176,16 +175,20 @@ class Game:
         self.windows = [Window(prefix, " ", truth) for prefix, truth in zip(*texts)]
 
         self.generator, self.discriminator = [Player(self.model, self.tokenizer, adapters[i]) for i in (0, -1)]
-        self.generator.check_length(P + args.reasoning_tokens + 1 + args.completion_tokens)
+        needed, room = P + args.reasoning_tokens + 1 + args.completion_tokens, positions(self.model)
+        if needed > room:
+            raise UserError(f"--model {args.model} has {room} positions, and a sequence takes {needed}; lower "
+                            "--prompt_tokens, --reasoning_tokens or --completion_tokens")
         self.sampler, self.judge = Sampler(self.model, DTYPES[args.dtype], args.merge), Head(args, self.discriminator)
         self.generator.optimize(args.g_lr, args)
         self.discriminator.optimize(args.d_lr, args, self.judge.parameters())
         self.baseline = Baseline(args.ema_decay, args.adv_norm)
 
     def sample(self, sampler):
-        args, keys = self.args, [(0, i) for i in range(self.args.batch_size)]
+        args = self.args
         sampler.sync(self.generator.adapter)
-        roll = rollout(sampler, self.prompts, self.rules, args.reasoning_tokens, args.completion_tokens, 1.0, keys)
+        roll = rollout(sampler, self.prompts, self.rules, args.reasoning_tokens, args.completion_tokens,
+                       args.temperature, [(0, i) for i in range(args.batch_size)])
         assert roll.sampled.sum() == self.num_positions, "a sequence has ended early"
         return roll
 
@@ -205,41 +208,41 @@ class Game:
         backbone = causal_lm(self.model).base_model  # its pass without gradient is the reference's
         with backbone.register_forward_hook(lambda *_: clock("generator" if torch.is_grad_enabled() else "reference")):
             for rows in micro_batches(range(args.batch_size), args.micro_batch):
-                stats = sampled_stats(self.model, roll, rows, self.rules, 1.0, args.kl_coef > 0)  # (N,) each
+                stats = sampled_stats(self.model, roll, rows, self.rules, args.temperature, args.kl_coef > 0)  # (N,)
                 weights = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
                 loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, self.num_positions)  # ()
                 self.generator.backward(loss)
                 clock("generator")
         self.generator.step(1.0)
-        clock("optimizer")
+        clock("generator")
         if judged:
             self.discriminator.activate()
             for rows in micro_batches(judged.shown, args.micro_batch):
                 self.discriminator.backward(self.judge.loss(judged, rows)[0])
-            clock("discriminator")
             self.discriminator.step(1.0)
-            clock("optimizer")
+            clock("discriminator")
 
 
 # -----------------------------------------------------------------------------
 # the sections
 
 def decode(args, device):
-    """a rollout, generate() with the same adapter, and the floor: the time to read weights and cache at each token"""
-    game, tokens = Game(args, device, ["generator"]), args.reasoning_tokens + args.completion_tokens
+    """a rollout, generate() with the same adapter, the floor: copies of as many bytes as weights and cache have"""
+    P, tokens = args.prompt_tokens, args.reasoning_tokens + args.completion_tokens
+    game = Game(args, device, ["generator"])
+    base, cache, V = causal_lm(game.sampler.model), DynamicCache(), game.rules.blocked.shape[1]
     ids = torch.tensor(game.prompts, device=device)  # (B, P)
 
     def generate():
         new = game.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=tokens, eos_token_id=game.vocab, pad_token_id=0)[:, args.prompt_tokens:]  # (B, R + C)
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0,
+            temperature=args.temperature, max_new_tokens=tokens, eos_token_id=V, pad_token_id=0)[:, P:]  # (B, R + C)
         assert new.numel() == game.num_positions, "a sequence has ended early"
 
-    base, cache = causal_lm(game.sampler.model), DynamicCache()
     base(ids[:, :1], past_key_values=cache, use_cache=True)
     table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight  # (V, H) each
     num_bytes = sum(p.nbytes for p in base.parameters() if p is head or p is not table)  # few rows of table are read
-    num_bytes += (args.prompt_tokens + tokens / 2) * sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+    num_bytes += (P + tokens / 2) * sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     source = torch.zeros(int(num_bytes / 2), dtype=torch.uint8, device=device)  # a copy reads it and writes as much
     target = torch.zeros_like(source)
 
@@ -308,27 +311,24 @@ def trl(args, device):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     game, reward = Game(args, device, ["generator"]), torch.arange(args.batch_size, device=device) % 2.0  # (B,)
-    texts = game.tokenizer.batch_decode(game.prompts)
-
-    def pay(prompts, completion_ids, **_):
-        assert prompts == texts and sum(map(len, completion_ids)) == game.num_positions, "TRL does other work"
-        return reward.tolist()
-
-    base = base_model(args, device)
-    base.generation_config.eos_token_id = None  # TRL would end a sequence at it
+    base, texts = base_model(args, device), game.tokenizer.batch_decode(game.prompts[::2])
+    base.generation_config.eos_token_id = None  # it would end a sequence
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            folder, per_device_train_batch_size=args.batch_size, num_generations=2, beta=args.kl_coef, temperature=1.0,
-            max_completion_length=args.reasoning_tokens + args.completion_tokens, top_p=1.0, top_k=0,
-            learning_rate=args.g_lr, use_cpu=device.type == "cpu", bf16=args.dtype == "bf16", shuffle_dataset=False,
-            activation_checkpointing=False, report_to="none")
-        trainer = GRPOTrainer(base, pay, config, Dataset.from_dict({"prompt": texts[::2]}),
+            folder, per_device_train_batch_size=args.batch_size, num_generations=2, beta=args.kl_coef, top_k=0,
+            max_completion_length=args.reasoning_tokens + args.completion_tokens, temperature=args.temperature,
+            learning_rate=args.g_lr, use_cpu=device.type == "cpu", bf16=args.dtype == "bf16",
+            fp16=args.dtype == "fp16", shuffle_dataset=False, activation_checkpointing=args.grad_ckpt, report_to="none")
+        trainer = GRPOTrainer(base, lambda **_: reward.tolist(), config, Dataset.from_dict({"prompt": texts}),
                               processing_class=game.tokenizer, peft_config=game.model.peft_config["generator"])
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
     batch, trainer.current_gradient_accumulation_steps = next(iter(trainer.get_train_dataloader())), 1
 
     def theirs():
+        trainer.state.num_input_tokens_seen = 0
         trainer.training_step(model, batch, None)
+        num_tokens = args.batch_size * args.prompt_tokens + game.num_positions
+        assert trainer.state.num_input_tokens_seen == num_tokens, "TRL read or wrote another number of tokens"
         trainer.accelerator.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         model.zero_grad()
@@ -343,10 +343,11 @@ if __name__ == "__main__":
     device = checked_device(args.device)
     report = {**provenance(device), "args": vars(args)}
     print(f"{args.model}, {args.dtype if args.quant == 'none' else args.quant}, on {report['device']}")
+    report["versions"]["trl"] = importlib.metadata.version("trl") if HAS_TRL else None
+    if not HAS_TRL:
+        print("rows with TRL are left out, it is not installed: pip install trl==1.16.0 accelerate==1.15.0")
     for section in [decode, step, logps, trl]:
-        if section is trl and not HAS_TRL:
-            print("\ntrl is left out, TRL is not installed: pip install trl==1.16.0 accelerate==1.15.0")
-        elif section.__name__ in args.only:
+        if section.__name__ in args.only and (HAS_TRL or section is not trl):
             print(f"\n{section.__name__}: {section.__doc__}")
             report[section.__name__] = section(args, device)
     if args.json:

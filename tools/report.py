@@ -1,11 +1,11 @@
 """
 Make report.html, a page to read a run on: scores, samples step by step, curves, settings.
 
-    python -m tools.report out/demo-1                            # makes out/demo-1/report.html
-    python -m tools.report out/demo-1 --samples_per_step 32      # more samples of each step
+    python -m tools.report out/demo-1                          # makes out/demo-1/report.html
+    python -m tools.report out/demo-1 --samples_per_step 32    # more samples of each step
 
-The page is one file that loads nothing from elsewhere. Beside a sample stands the text that the base model wrote for
-the same prefix before training, where floor.jsonl has one: it does for the last steps of a finished run.
+The page is one file that loads nothing from elsewhere. In the last steps of a finished run, whose prefixes are those of
+floor.jsonl, the text that the base model wrote for the same prefix stands beside each sample.
 """
 import base64
 import collections
@@ -14,15 +14,16 @@ import json
 import pathlib
 
 from flags import Parser, Run, UserError, readable, write_whole
-from plot import THEMES, draw, panels_of
+from plot import THEMES, panels_of, plot_runs
 
 SCORES = {"floor": "floor: the base model", "mauve": "result: the last sequences",
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last 2000: the write-up's protocol"}
 MEANS = "reward p_real length_score d_acc_real d_acc_generated kl coherence".split()  # shown with the samples of a step
+MOST_STEPS = 100  # a longer run shows this many of its steps, spread evenly
 
 
-def samples_by_step(run, samples_per_step, most_steps):
-    """The first samples of each step, for steps spread evenly over the run; `base` is the base model's text, if any."""
+def samples_by_step(run, samples_per_step, most_steps=MOST_STEPS):
+    """The first samples of each step, for steps spread evenly over the run; `base` is the base model's text or None."""
     base = {(r["prefix"], r["truth"]): {"think": readable(r["think"]), "completion": readable(r["completion"])}
             for r in run.floor}
     means = {row["step"]: {key: row[key] for key in MEANS if row.get(key) is not None} for row in run.metrics}
@@ -40,29 +41,27 @@ def samples_by_step(run, samples_per_step, most_steps):
 def picture(run, panel, theme):
     """One panel of training.png as a data: URI."""
     file = io.BytesIO()
-    draw([run], file, [panel], theme)
+    plot_runs([run], file, [panel], theme)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def page(run, samples_per_step=8, most_steps=100):
+def page(run, samples_per_step=8):
     """The page as text."""
-    pictures = [{"title": panel[0], **{theme: picture(run, panel, theme) for theme in THEMES}}
-                for panel in panels_of([run])]
     args, result = vars(run.args), run.result
     seconds = [row["seconds"] for row in run.metrics if row.get("seconds")]
-    minutes = sum(seconds) / 60
-    summary = [f"{args['model']} on {args.get('data')}", f"{len(seconds)} of {args.get('num_steps')} steps",
-               f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h", str(run.info.get("device"))]
+    summary = (f"{args['model']} on {args['data']} · {len(seconds)} of {args['num_steps']} steps · "
+               f"{sum(seconds) / 60:.0f} min · {run.info['device']}")
     data = {
         "name": run.name,
-        "summary": readable(" · ".join(summary)),
+        "summary": readable(summary),
         "scores": [{"label": label, "value": result[name], "sd": result.get(f"{name}_sd"),
                     "interval": result.get(f"{name}_interval")}
                    for name, label in SCORES.items() if result.get(name) is not None],
-        "steps": samples_by_step(run, samples_per_step, most_steps),
+        "steps": samples_by_step(run, samples_per_step),
         "num_steps": len({r["step"] for r in run.rollouts}),
         "num_samples": len(run.rollouts),
-        "pictures": pictures,
+        "pictures": [{"title": panel[0], **{theme: picture(run, panel, theme) for theme in THEMES}}
+                     for panel in panels_of([run])],
         "settings": {key: readable(str(value)) for key, value in args.items()},
         "origin": {key: readable(value if isinstance(value, str) else json.dumps(value))
                    for key, value in run.info.items() if key != "args"},
@@ -75,15 +74,13 @@ def page(run, samples_per_step=8, most_steps=100):
 if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("run", help="folder of a run, out/NAME")
-    parser.add_argument("--out", help="page to make (unset: report.html in the run)")
+    parser.add_argument("--out", help="page to make (default: report.html in the run's folder)")
     parser.add_argument("--samples_per_step", type=int, default=8, help="samples shown of a step, the first ones")
-    parser.add_argument("--most_steps", type=int, default=100, help="steps shown, spread evenly over the run")
     args = parser.parse_args()
-    for name, least in (("samples_per_step", 1), ("most_steps", 2)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.samples_per_step < 1:
+        raise UserError(f"--samples_per_step {args.samples_per_step}: must be at least 1")
     out = pathlib.Path(args.out or f"{args.run}/report.html")
-    text = page(Run(args.run), args.samples_per_step, args.most_steps)
+    text = page(Run(args.run), args.samples_per_step)
     try:
         write_whole(out, text)
     except OSError as error:

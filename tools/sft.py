@@ -7,12 +7,13 @@ Fine-tune the generator on traces (prompt, thinking, truth), or on the truths of
     python -m tools.export out/sft-1 --merge out/merged     # then, for the next round: train.py --model out/merged
 
 All flags of train.py work here too; those left out are the run's. With --data the defaults are --batch_size 32, --g_lr
-1e-4 (1e-3 for a run of the demo), --beta1 0.9, and as many --num_steps as --epochs takes.
+1e-4 (1e-3 for a run of the demo), --beta1 0.9, --kl_coef 0, --save_every 10, and the --num_steps that --epochs takes.
 
 What differs from textbook fine-tuning:
-1) A lesson is, id for id, what the sampler leaves, under the same forbidden ids; forced ids are not trained.
+1) A lesson has the ids that the sampler would leave, under the same forbidden ids; forced ids are not trained, and an
+   end of the text is not either, because a truth is cut from a longer text.
 2) A share of the lessons (--mix) is plain text without the prompt, so that the model stays a model of text.
-3) The checkpoint is the adapter with the lowest loss on held-out prefixes, the initial one included.
+3) With --data the loss on held-out prefixes is measured at each save, and only an adapter that lowers it is saved.
 4) --truths: each step samples as the run's step did, then trains on the truths in place of the completions, after the
    model's own thinking. The loss is train.py's at advantage 1, KL included; a discriminator takes no part.
 """
@@ -28,26 +29,23 @@ from flags import Run, UserError, check_values, json_lines, read_lines, write_wh
 
 PARTS = "none", "trace", "truth", "plain"
 NONE, TRACE, TRUTH, PLAIN = range(4)  # what an id of a lesson belongs to; NONE is not trained
-SLACK = 16  # tokens that a full truth may lack of completion_tokens: white space is cut off, and a character cut in two
 
 
-def flags(words=None):
-    parser = train.flags(words)
+def flags():
+    parser = train.flags()
     parser.description = __doc__
     for action in parser._actions[1:]:  # all but --help
         action.help = SUPPRESS
     add = parser.add_argument
     add("--truths", default=None, help="folder of a finished run whose truths to train on, in place of --data")
-    add("--run", default=None, help="folder of the run whose flags are used (default: the one that made the traces)")
     add("--mix", type=float, default=0.25, help="share of plain text among the lessons (0: none)")
     add("--epochs", type=float, default=3.0, help="times that each trace is trained on, where --num_steps is left out")
     add("--held_out", type=float, default=0.1, help="share of prefixes to evaluate on (0: none, the last step is kept)")
-    add("--eval_every", type=int, default=10, help="steps between evaluations (0: only at the start and the end)")
     return parser
 
 
 def parse_flags():
-    """The flags of the run, with defaults for traces, our own flags, and those that are given in their place."""
+    """The run's flags, changed by the defaults for traces and by the flags that are given."""
     parser = flags()
     args = parser.parse_args()
     if args.resume:
@@ -55,10 +53,10 @@ def parse_flags():
     given = {flag.removeprefix("--").removeprefix("no-") for flag in parser.given()}
     if len(given & {"data", "truths"}) != 1:
         raise UserError("give either --data, a file of traces, or --truths, the folder of a run")
-    run = Run(args.truths or args.run or read_traces(args.data)[0].get("run", "(--run is missing)")).args
+    run = Run(args.truths or read_traces(args.data)[0]["run"]).args
     defaults = {} if args.truths else dict(
         batch_size=32, g_lr=1e-3 if run.preset == "demo" else 1e-4, beta1=0.9, kl_coef=0.0, num_steps=None,
-        micro_batch=run.micro_batch or run.batch_size)
+        save_every=10, micro_batch=run.micro_batch or run.batch_size)
     args = Namespace(**vars(args) | vars(run) | defaults | {name: getattr(args, name) for name in given} | dict(
         traces=None if args.truths else args.data, data=run.data, out_dir=args.out_dir, d_model=None, resume=None))
     check_values(args, "rank alpha batch_size epochs num_steps".split())
@@ -66,9 +64,9 @@ def parse_flags():
 
 
 def read_traces(file):
-    traces, keys = read_lines(file), ("prefix", "sep", "truth", "think")
-    if not traces or not all(isinstance(trace.get(key), str) for trace in traces for key in keys):
-        raise UserError(f"--data {file}: must have lines with {', '.join(keys)}, as tools.traces writes them")
+    traces, keys = read_lines(file), {"prefix", "sep", "truth", "think", "closed", "run"}
+    if not traces or any(keys - trace.keys() for trace in traces):
+        raise UserError(f"--data {file}: must have lines with {', '.join(sorted(keys))}, as tools.traces writes them")
     return traces
 
 
@@ -85,40 +83,22 @@ from rollout import COMPLETION, THINKING, Writer
 from sampler import Sampler
 
 
-def split(traces, share):
-    """(train, held out): which prefixes are held out depends on their text alone, not on the seed or on other lines."""
-    def place(trace):
-        return random.Random(trace["prefix"]).random()
-
-    return [t for t in traces if place(t) >= share], sorted((t for t in traces if place(t) < share), key=place)
-
-
-def schedule(num_lessons, mix, num_traces, seed):
-    """(plain text or not, number of the trace) for each lesson of a run: floor(p * mix) of the first p are plain text,
-    and either kind goes through all traces before any comes again.
-    """
-    def numbers(plain):
-        rng = random.Random(f"traces {seed} {plain}")
-        while True:
-            yield from rng.sample(range(num_traces), num_traces)
-
-    num_plain = [math.floor(round(p * mix, 6)) for p in range(num_lessons + 1)]  # 0.29 * 100 is 28.999999999999996
-    streams = numbers(False), numbers(True)
-    return [(b > a, next(streams[b > a])) for a, b in zip(num_plain, num_plain[1:])]
-
-
 # lessons: (ids, the part that each id belongs to). b lessons, T tokens, N trained ones
 
+def reply_lesson(writer, prefix, think, truth, num_trained):
+    """Prompt, thinking (ids), its closing, and the truth; num_trained: ids of thinking and closing that are trained."""
+    prompt, close = writer.prompt_ids(prefix), writer.rules.close.tolist()
+    truth = writer.encode(truth)[0][:writer.args.completion_tokens]
+    part = [TRACE] * num_trained + [NONE] * (len(think + close) - num_trained) + [TRUTH] * len(truth)
+    return prompt + think + close + truth, [NONE] * len(prompt) + part
+
+
 def trace_lesson(writer, trace):
-    """The lesson of a trace, as a rollout with these ids looks, cut as the sampler would. </think> is trained if the
-    model drew it (where `closed` is missing: if it had tokens left), a stop if the truth is too short to be cut.
-    """
-    R, C, close = writer.args.reasoning_tokens, writer.args.completion_tokens, writer.rules.close.tolist()
-    prompt, think, truth = writer.prompt_ids(trace["prefix"]), *(writer.encode(trace[k])[0] for k in ["think", "truth"])
-    closed = trace.get("closed") is not False and writer.rules.think_end >= 0 and len(think) < R
-    truth = truth[:C] + [writer.tokenizer.eos_token_id] * (len(truth) + SLACK < C)
-    part = [NONE] * len(prompt) + [TRACE] * (len(think[:R]) + closed) + [NONE] * (len(close) - closed)
-    return prompt + think[:R] + close + truth, part + [TRUTH] * len(truth)
+    """The lesson of a trace; </think> is trained if the model drew it and there is room for it."""
+    budget = writer.args.reasoning_tokens
+    think = writer.encode(trace["think"])[0][:budget]
+    closed = trace["closed"] and writer.rules.think_end >= 0 and len(think) < budget
+    return reply_lesson(writer, trace["prefix"], think, trace["truth"], len(think) + closed)
 
 
 def plain_lesson(writer, trace):
@@ -130,11 +110,10 @@ def plain_lesson(writer, trace):
     return ids, [NONE] + [PLAIN] * (len(ids) - 1)  # nothing predicts the first id
 
 
-def truth_lesson(writer, window, think):
-    """The lesson of a truth after thinking that was sampled, which is not trained."""
-    head = writer.prompt_ids(window.prefix) + think + writer.rules.close.tolist()
-    truth = writer.encode(window.truth)[0][:writer.args.completion_tokens]
-    return head + truth, [NONE] * len(head) + [TRUTH] * len(truth)
+def mixed_lessons(writer, traces, *key):
+    """A lesson for each trace; a share --mix of them, drawn by the key, is plain text."""
+    rng = random.Random(repr(key))
+    return [(plain_lesson if rng.random() < writer.args.mix else trace_lesson)(writer, trace) for trace in traces]
 
 
 def passes(model, lessons, rules, size, **options):
@@ -147,12 +126,11 @@ def passes(model, lessons, rules, size, **options):
         yield token_stats(model, ids, part != NONE, rules.blocked, kind, shared=shared, **options), part[part != NONE]
 
 
-def losses(name, found, mix=0.5):
-    """Mean negative log-prob in pairs of log-probs and parts: of all tokens, with weights by mix, and of each part."""
+def losses(name, found):
+    """Mean negative log-prob in pairs of log-probs and parts: of all tokens, and of each part (nan: it has none)."""
     logp, part = map(torch.cat, zip(*found))  # (N,) each
-    weight = torch.tensor([0, 1 - mix, 1 - mix, mix], device=part.device)[part]  # (N,)
-    means = {f"{name}_{key}": -logp[part == k].mean().item() for k, key in enumerate(PARTS) if k}  # nan: no token
-    return {name: -(weight * logp).sum().item() / weight.sum().item(), **means}
+    means = {f"{name}_{key}": -logp[part == k].mean().item() for k, key in enumerate(PARTS) if k}
+    return {name: -logp.sum().item() / len(logp), **means}
 
 
 if __name__ == "__main__":
@@ -171,12 +149,15 @@ if __name__ == "__main__":
         if len(windows) < args.num_steps * B:
             raise UserError(f"{args.truths} has {len(windows)} of {args.num_steps * B} sequences; finish it first")
     else:
-        traces, held_out = split(read_traces(args.traces), args.held_out)
+        traces, held_out = [], []
+        for trace in read_traces(args.traces):  # what is held out depends on the prefix alone, whatever the seed
+            (held_out if random.Random(trace["prefix"]).random() < args.held_out else traces).append(trace)
         if not traces or args.held_out and not held_out:
             raise UserError(f"--held_out {args.held_out}: one of the two parts has no trace; give another share")
-        exam = [lesson(writer, trace) for lesson in (trace_lesson, plain_lesson) for trace in held_out[:200]]
+        exam = mixed_lessons(writer, held_out[:200], "held out")
         args.num_steps = args.num_steps or math.ceil(args.epochs * len(traces) / (B * (1 - args.mix)))
-        order = schedule(args.num_steps * B, args.mix, len(traces), args.seed)
+        rng, num_epochs = random.Random(args.seed), math.ceil(args.num_steps * B / len(traces))
+        order = [trace for _ in range(num_epochs) for trace in rng.sample(traces, len(traces))]
 
     out_dir = pathlib.Path(args.resume) if args.resume else make_out_dir(args.out_dir, "sft")
     nothing, first_step = torch.nn.Module(), 0  # `nothing` stands for the discriminator's head and the baseline
@@ -185,27 +166,29 @@ if __name__ == "__main__":
         first_step = restore(out_dir, [player], nothing, nothing)
     elif args.truths:  # evaluate.py compares with the run's floor
         write_whole(out_dir / "floor.jsonl", json_lines(Run(args.truths).floor))
-    files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8") for name in ("metrics", "rollouts")}
+    files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8")
+             for name in ["metrics"] + ["rollouts"] * bool(args.truths)}
     write_args(out_dir, args, device)
     explain_failures(out_dir)
 
     # the loop; after the last step comes one more evaluation
     best, best_step, options = math.inf, 0, dict(size=args.micro_batch or B, temperature=args.temperature)
     for step in range(first_step, args.num_steps + 1):
-        t0, row, last = time.perf_counter(), {"step": step}, step == args.num_steps
+        t0, row = time.perf_counter(), {"step": step}
         player.activate()
 
         # evaluate and save: the best adapter on held-out prefixes, or without these the latest
-        due = last or step % ((args.eval_every if exam else args.save_every) or args.num_steps) == 0
+        due = step == args.num_steps or step % (args.save_every or args.num_steps) == 0
         if due and exam:
             with torch.no_grad():
                 found = [(stats.logp, part) for stats, part in passes(player.model, exam, writer.rules, **options)]
-            row |= losses("held", found, args.mix)
+            row |= losses("held", found)
             print(f"after {step} steps | " + " | ".join(f"{key} {x:.3f}" for key, x in row.items() if key != "step"))
-        if due and not row.get("held", -math.inf) >= best:
-            best, best_step = row.get("held", best), step
+        if due and (not exam or row["held"] < best):
+            best, best_step = row.get("held"), step
             save(out_dir, step, [player], nothing, nothing, files.values())
-        if last:
+        if step == args.num_steps:
+            files["metrics"].write(json_lines([row] if exam else []))
             break
 
         # lessons
@@ -213,11 +196,11 @@ if __name__ == "__main__":
             batch = windows[step * B:(step + 1) * B]
             samples = writer.write(batch, player.adapter, "rollout", step * B)
             files["rollouts"].write(json_lines(writer.records([step] * B, batch, samples)))
-            lessons = [truth_lesson(writer, *pair) for pair in zip(batch, samples.roll.think)]
+            lessons = [reply_lesson(writer, window.prefix, think, window.truth, num_trained=0)
+                       for window, think in zip(batch, samples.roll.think)]
             num_positions = B * (args.reasoning_tokens + args.completion_tokens)
         else:
-            lessons = [(plain_lesson if plain else trace_lesson)(writer, traces[number])
-                       for plain, number in order[step * B:(step + 1) * B]]
+            lessons = mixed_lessons(writer, order[step * B:(step + 1) * B], args.seed, step)
             num_positions = sum(part != NONE for _, parts in lessons for part in parts)
 
         # step: train.py's loss at advantage 1; without a KL this is the mean negative log-prob
@@ -234,4 +217,5 @@ if __name__ == "__main__":
         files["metrics"].write(json_lines([row]))
         print(f"step {step}/{args.num_steps} | loss {row['loss']:.3f} | kl {row['kl'] or 0:.4f} | {seconds:.1f} s",
               flush=True)
-    print(f"{out_dir}/ckpt is from after {best_step} steps" + ("" if exam else f"; next: python evaluate.py {out_dir}"))
+    print(f"{out_dir}/ckpt is from after {best_step} steps; next: "
+          + (f"python evaluate.py {out_dir}" if args.truths else f"python -m tools.export {out_dir} --merge DIR"))

@@ -94,7 +94,8 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_end(where, number, whol
     resumes_to_the_same_end(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("where", ["rollout, 'rollout'", "reward, 'policy_loss'", "discriminator, 'discriminator_loss'"])
+@pytest.mark.parametrize("where", ["rollout, 'rollout'", "reward, 'policy_loss'",
+                                   "discriminator, 'discriminator_loss'"])
 def test_out_of_memory_is_one_line_with_advice_and_the_checkpoint_is_intact(where, whole, tmp_path):
     out = tmp_path / "run"
     ended = faulty(where, 5, "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')", out)

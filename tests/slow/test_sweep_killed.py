@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_stopped_sweep_resumes_its_run_and_ends_like_any_other(tmp_path):
     command = [sys.executable, "-u", ROOT / "sweep.py", "--out_dir", tmp_path, "--factors", "g_lr=1e-3:2e-3:4e-3",
-               "kl_coef=0.05:0.1:0.2", "--", *TINY, "--num_steps", "8", "--seeds", "1"]
+               "kl_coef=0.05:0.1:0.2", *TINY, "--num_steps", "8", "--seeds", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics, end = tmp_path / "01" / "metrics.jsonl", time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text()):

@@ -13,10 +13,9 @@ PRECISIONS = [("none", "fp32", 1e-4), ("none", "bf16", 0.1), ("none", "fp16", 0.
               ("nf4", "fp32", 1e-4), ("nf4", "bf16", 0.1), ("int8", "fp32", 0.1)]
 
 
-def loaded(folder, quant, dtype, device):
-    """The tiny model with two adapters whose weights are not zero, and its tokenizer."""
+def loaded(folder, quant, dtype, device):  # with two adapters whose weights are not zero
     model, tokenizer = load_model(folder, quant, dtype, device)
-    model, g = add_adapters(model, ["generator", "discriminator"], 4, 2.0), torch.Generator(device).manual_seed(1)
+    model, g = add_adapters(model, ["generator", "discriminator"], 4, 3.0), torch.Generator(device).manual_seed(1)
     for p in adapter_parameters(model, "generator") + adapter_parameters(model, "discriminator"):
         torch.nn.init.normal_(p, std=0.1, generator=g)
     return model, tokenizer
@@ -28,10 +27,10 @@ def test_sampler_and_learner_agree_in_every_precision(static, quant, dtype, tole
     model, tokenizer = loaded(tiny_folder, quant, dtype, "cpu")
     sampler = sampler_of(model, static, dtype=DTYPES[dtype])
     assert all(isinstance(part, AdapterBeside) == (quant != "none") for part, _ in sampler.pairs)
-    args = prompts_of(tokenizer) * 2, rules(tokenizer, model)
-    assert gap(model, sampler, *args)[0] < tolerance
+    args = model, sampler, prompts_of(tokenizer), rules(tokenizer, model)
+    assert gap(*args)[0] < tolerance
     sampler.sync(None)
-    assert gap(model, sampler, *args)[0] > 10 * tolerance  # without the adapter they would differ far more
+    assert gap(*args)[0] > 10 * tolerance  # without the adapter they differ far more
 
 
 @GPU
