@@ -349,7 +349,7 @@ def read_documents(source, field="text"):
         if isinstance(text, str):
             texts.append(clean(text))
         else:
-            bad.append(f"{file}, record {number}: {str(row)[:80]}")
+            bad.append(f"{file}, record {number}: {'not JSON' if row is None else str(row)[:80]}")
     count = len(texts) + len(bad)
     note = f"{len(bad)} of {count} records of --data {source} have no --text_field {field}"
     if len(bad) > 0.01 * count:

@@ -19,8 +19,8 @@ import math
 import statistics
 
 from flags import Parser, Run, UserError, check_device, json_lines, read_lines, write_whole
-from measures import (audit, check_featurizer, distinct, featurizer, lengths, mauve_of, paired, reliability,
-                      repetition)
+from measures import (audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired, reliability,
+                      repetition, self_bleu)
 
 WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, with mauve-text's default seed
 LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
@@ -103,7 +103,7 @@ def over_the_run(rollouts, size, seeds, featurize):
 
 
 def describe(model, tokenizer, records, key, device):
-    """Diversity, repetition, length and perplexity of some texts; if they are generated, also the audit."""
+    """Diversity, repetition, copying, length and perplexity of some texts; if they are generated, also the audit."""
     from data import bos_ids, plain_encoder
     from discriminator import pair_ids
     encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
@@ -111,7 +111,10 @@ def describe(model, tokenizer, records, key, device):
     ids = [encode(text)[0] for text in column(records, key)]
     pairs = [pair_ids(encode, bos, r["prefix"], r["sep"], r["truth"], r[key]) for r in records]
     found = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)} | lengths(ids)
-    found |= dict(repetition=repetition(ids), perplexity=perplexity(model, [text for _, text in pairs], device))
+    prefixes = [encode(prefix)[0] for prefix in column(records, "prefix")]
+    found |= dict(self_bleu_4=self_bleu(column(records, key)), repetition=repetition(ids),
+                  copy_rate=copy_rate(prefixes, ids),
+                  perplexity=perplexity(model, [text for _, text in pairs], device))
     if key != "truth" and len(pairs) >= 10:
         sides = [[[i for i, counts in zip(*text) if counts] for text in side] for side in zip(*pairs)]
         found |= audit(*([(ids, tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in side]

@@ -12,7 +12,9 @@ Letters: B or N texts, T tokens, H features, S seeds, K clusters, W mixture weig
 """
 import collections
 import contextlib
+import difflib
 import os
+import random
 import statistics
 
 import numpy as np
@@ -193,6 +195,23 @@ def policy_metrics(stats, roll, with_kl):
         kl=stats.kl.mean().item() if with_kl else None, entropy=stats.entropy.mean().item(),
         logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
         coherence=(stats.ref_logp[completion] > -10).float().mean().item() if with_kl else None)
+
+
+def self_bleu(texts, num_texts=100):
+    """Mean BLEU-4 of each text against all the others (Zhu et al. 2018), by sacrebleu, on a fixed sample: 0 to 1."""
+    from sacrebleu.metrics import BLEU
+    if len(texts) < 2:
+        return None
+    texts, bleu = random.Random(0).sample(texts, min(num_texts, len(texts))), BLEU(effective_order=True)
+    return statistics.fmean(bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
+                            for i, text in enumerate(texts)) / 100
+
+
+def copy_rate(prefixes, completions):
+    """Longest run of tokens that a completion shares with its prefix, over the completion's length: mean over pairs."""
+    rates = [difflib.SequenceMatcher(None, prefix, ids, autojunk=False).find_longest_match().size / len(ids)
+             for prefix, ids in zip(prefixes, completions) if ids]
+    return statistics.fmean(rates) if rates else None
 
 
 def lengths(sequences):

@@ -218,7 +218,7 @@ def test_a_few_records_without_a_text_are_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, wanted", [
     ("a.bin", b"x", "hub:user/name"), ("missing.jsonl", None, "cannot be read"),
-    ("a.jsonl", b'"x"\nhello\n', "record 2: None"), ("a.json", b'[{"text": "a', "cannot be read"),
+    ("a.jsonl", b'"x"\nhello\n', "record 2: not JSON"), ("a.json", b'[{"text": "a', "cannot be read"),
     ("a.jsonl", b'{"c": "x"}\n', "{'c': 'x'}"), ("a.csv", b"content\nx\n", "{'content': 'x'}"),
     ("a.jsonl.zst", zstandard.compress(bytes(9999))[:9], "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"x" * 99999)[:60], "cannot be read"),

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from conftest import shared
 from flags import UserError
 from measures import (audit, bootstrap, check_featurizer, distinct, featurizer, histogram_mauve, lengths, mauve_of,
-                      paired, quiet, reliability, repetition)
+                      copy_rate, paired, quiet, reliability, repetition, self_bleu)
 
 TEXTS = ["Return the sum.", "A longer text: " + "its padding must reach no other text, " * 6, "x"]
 
@@ -91,6 +91,9 @@ def test_measures_equal_hand_values():
     assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4 and distinct([[1, 1, 1]], 1) == 1 / 3
     assert repetition([[1, 2, 3, 1, 2, 3]], 2) == 2 / 5 and repetition([[1, 2, 3], [1, 2, 3]], 2) == 0
     assert distinct([[1], []], 2) is repetition([[1, 2]], 4) is None
+    assert copy_rate([[1, 2, 3, 4]], [[9, 2, 3, 9]]) == 0.5 and copy_rate([[1]], [[]]) is None
+    same, apart = self_bleu(["a b c d e"] * 3), self_bleu(["a b c d e", "f g h i j", "k l m n o"])
+    assert abs(same - 1) < 1e-9 and apart < 0.1 and self_bleu(["alone"]) is None
     assert lengths([[0] * n for n in range(101)]) == dict(length_mean=50, length_p10=10, length_p50=50, length_p90=90)
     rows, error = reliability([0.0, 0.1, 0.3, 0.5, 0.7, 1.0], [False, True, False, True, True, False], num_bins=2)
     assert rows == [(0.0, 0.5, 3, pytest.approx(0.4 / 3), 1 / 3), (0.5, 1.0, 3, pytest.approx(2.2 / 3), 2 / 3)]

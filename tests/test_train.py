@@ -8,7 +8,7 @@ import torch
 
 import checkpoint
 import reward
-from conftest import ROOT, TINY, lines, run_script, same_run, shared
+from conftest import ROOT, lines, run_script, same_run, shared
 
 METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl entropy logp_gap d_loss d_acc_real
     d_acc_generated g_grad_norm d_grad_norm g_lr d_lr think_closed num_think num_completion distinct_2 coherence skipped
