@@ -121,7 +121,7 @@ def load_run(run, device):
 
 def resume_command(out_dir):
     """The command that continues a run."""
-    script = "-m tools.sft" if sys.argv[0].endswith("sft.py") else "train.py"
+    script = "-m tools.sft" if sys.argv[0].endswith("sft.py") else pathlib.Path(sys.argv[0]).name  # or a copy's name
     return f"python {script} --resume {shlex.quote(str(out_dir))}"
 
 

@@ -5,7 +5,7 @@ What differs from the textbook:
 1. `windows[position]` is a pure function of seed and position, so a run can be resumed anywhere.
 2. The cut between prefix and truth moves back to the nearest white space, which belongs to neither side, so that the
    cut does not give away which text is real.
-3. Corpus text is tokenised by a copy of the tokenizer that knows no special or added token.
+3. Corpus text is tokenised by a copy of the tokenizer without special or added tokens.
 """
 import csv
 import functools
@@ -151,6 +151,8 @@ def prompt_notes(template, tokenizer, reasoning_tokens):
     vocab, notes = tokenizer.get_vocab(), []
     if reasoning_tokens and "</think>" not in vocab:
         notes.append("this tokenizer has no single </think> token: thinking always takes all of --reasoning_tokens")
+    if reasoning_tokens and not opens_thinking(template):
+        notes.append("the prompt does not end in <think>; --reasoning_tokens 0 turns the thinking off")
     foreign = sorted({*re.findall(r"<\|\w+\|>", template)} - vocab.keys())
     if foreign:
         notes.append(f"the prompt's {' '.join(foreign)} are plain text to this tokenizer; "

@@ -50,8 +50,8 @@ Think in a few words, then answer: real or generated.
 class Judged(NamedTuple):
     """Judgements of a batch. An empty completion is not shown: it deceives nobody and earns nothing."""
     shown: list            # n row numbers, the prefixes whose two texts were read
-    read: torch.Tensor     # (B,) bool: shown, and the verdict could be parsed
-    counts: torch.Tensor   # (B,) bool: takes part in the generator's step; all but verdicts that cannot be parsed
+    read: torch.Tensor     # (B,) bool: was judged, and its verdict parsed
+    counts: torch.Tensor   # (B,) bool: used in the generator's step; all but unparsed verdicts
     p_real: torch.Tensor   # (B,) probability that the completion is real; 1 or 0 by a verdict in words
     log_generated: torch.Tensor | None  # (B,) log(1 - p_real); Head only
     d_value: torch.Tensor | None        # (B,) chance that the verdict on the completion is right; Reason only

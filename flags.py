@@ -103,9 +103,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+class Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):  # a default that depends on another flag stands in the help string itself
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default in (None, argparse.SUPPRESS):
+            return action.help
+        return re.sub(r" \(default: .*\)", "", action.help) + " (default: %(default)s)"
 
 
 def stop_quietly(number, frame):
@@ -228,7 +230,7 @@ def check_values(args, positive):
 
 
 def check(args):
-    """Refuse train.py's flags that are out of range, that contradict each other, or that have no effect."""
+    """Raise an error if train.py's flags are out of range, contradictory, or without effect."""
     check_values(args, "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale "
                        "grad_clip".split())
     reason = args.disc == "reason"

@@ -34,7 +34,7 @@ PANELS = [  # title, metrics, range; all other metrics follow these
     ("learning rate", ["g_lr", "d_lr"], POSITIVE),
     ("seconds per step", ["seconds", "sample_seconds", "update_seconds"], POSITIVE),
     ("tokens per second", ["tokens_per_second"], POSITIVE),
-    ("memory, GB", ["memory_gb"], POSITIVE),
+    ("memory, GiB", ["memory_gb"], POSITIVE),
 ]
 STYLES = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))]  # solid, dashed, dotted, dash-dotted
 SCORES = dict(mauve=dict(linestyle="", marker="o"), floor=dict(linestyle=STYLES[2]), ceiling=dict(linestyle=STYLES[1]))

@@ -29,16 +29,19 @@ def generator_reward(judged, length_scores, kind, d_scale):
         score = judged.p_real  # (B,)
     elif kind == "neglog":
         score = -judged.log_generated  # (B,)
-    else:
+    elif kind == "azr":
         score = torch.where(judged.d_value > AZR_LEAST, 1 - judged.d_value, 0.0)  # (B,)
+    else:
+        raise ValueError(f"no such reward: {kind}")
     return d_scale * score * length_scores  # (B,)
 
 
 class Baseline:
     """Moving averages of the batch's mean reward and of its squared distance from that average.
 
-    The average that a batch is compared with is from before the batch; the first batch starts it. The variance includes
-    the batch, so that an advantage stays below sqrt(B / (1 - decay)) even where all rewards were equal until now.
+    The average that a batch is compared with is from before the batch, except that the first batch starts it. The
+    variance includes the batch, so that an advantage stays below sqrt(B / (1 - decay)) even where all rewards were equal
+    until now.
     """
 
     def __init__(self, decay, normalize):

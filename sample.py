@@ -3,7 +3,7 @@ Try a run, or a bare model: a prefix in, thinking and completions out.
 
 $ python sample.py out/demo-1 --prefix "Return the number of"     # five completions by the trained generator
 $ python sample.py out/demo-1 --file start.txt --both             # base and trained model, one after the other
-$ python sample.py out/demo-1 --prefix "Return" --best_of 8       # of 8, the one that the run's discriminator prefers
+$ python sample.py out/demo-1 --prefix "Return" --best_of 8       # the best of 8, by the discriminator
 $ python sample.py out/demo-1                                     # type prefixes; an empty line ends it
 $ python sample.py Qwen/Qwen3-0.6B --prefix "Return" --device cpu # a model without a run
 """

@@ -162,7 +162,8 @@ class Sweep:
               for x, f, h in zip(letters, self.factors, e.half)), "",
             f"Mean of the corners {e.corners:.5g}, centre {e.centre:.5g}, curvature {e.corners - e.centre:.5g} +- "
             f"{e.curvature_se:.5g}.",
-            f"Standard deviation of a run {e.sd:.5g}, from --replicates, on {e.df} degrees of freedom.", "",
+            f"Standard deviation of a run {e.sd:.5g}, on {e.df} degrees of freedom." if e.df else
+            "No standard errors without --replicates.", "",
             "next point " + " ".join(f"{f.name}={value:.12g}" for f, value in zip(self.factors, point)) if point else
             "No next point: a corner has no MAUVE, or no factor an effect.", ""]).replace(" +- nan", "")
 

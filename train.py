@@ -54,7 +54,7 @@ def flags(words=None):
     add("--prefix_tokens", type=int, default=None, help="length of a prefix (default: same as --completion_tokens)")
     add("--reasoning_tokens", type=int, default=None, help="thinking budget, 0: none (default: 256; with plain: 0)")
     add("--completion_tokens", type=int, default=256, help="completion budget")
-    add("--echo_tokens", type=int, default=16, help="extra budget for repeating the prefix's last words (0: off)")
+    add("--echo_tokens", type=int, default=16, help="extra budget for an echo of the prefix, in words and tokens (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
     add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
@@ -177,7 +177,7 @@ if __name__ == "__main__":
     num_trained = sum(p.numel() for p in {*generator.params, *discriminator.params})
     print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained parameters", flush=True)
 
-    # the floor: what the untrained base writes for the very prefixes that the run will end with
+    # the floor: what the untrained base (adapter None) writes for the very prefixes that the run will end with
     total = args.num_steps * B
     num_floor = min(args.floor_sequences, total)
     if num_floor and len(read_lines(out_dir / "floor.jsonl")) < num_floor:
@@ -205,8 +205,8 @@ if __name__ == "__main__":
         samples = writer.write(batch, generator.adapter, "rollout", first)
         roll, t1 = samples.roll, time.perf_counter()
 
-        # reward: how real the discriminator finds each completion, times its length score; an empty completion is not
-        # shown to it and earns 0, and one whose verdict cannot be parsed does not count
+        # reward: how real the discriminator finds each completion, times its length score. An empty completion is not
+        # judged and earns 0; one whose verdict cannot be parsed is left out of the generator's step
         discriminator.activate()
         judged = judge.score(batch, samples.texts, first)
         lengths = torch.tensor([length_score(n, C) for n in samples.sizes], device=device)  # (B,)

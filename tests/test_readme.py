@@ -14,7 +14,7 @@ from conftest import ROOT
 PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SCRIPTS = [*ROOT.glob("tools/*.py"), *"train.py evaluate.py sample.py sweep.py plot.py".split()]
 BLOCKS = re.findall(r"```bash\n(.*?)```", "".join(PAGES.values()), re.S)
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in "".join(BLOCKS).replace(" && ", "\n").splitlines()
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in "".join(BLOCKS).replace(" && ", "\n").replace("\\\n", "").splitlines()
             if line.startswith("python ") and " pytest " not in line]
 
 
