@@ -2,7 +2,7 @@
 Try a run, or a bare model: a prefix in, thinking and completions out.
 
 $ python sample.py out/demo-1 --prefix "Return the number of"     # five completions by the trained generator
-$ python sample.py out/demo-1 --file start.txt --both             # base and trained model, one after the other
+$ python sample.py out/demo-1 --file start.txt --both             # base and trained model side by side
 $ python sample.py out/demo-1 --prefix "Return" --best_of 8       # the best of 8, by the discriminator
 $ python sample.py out/demo-1                                     # type prefixes; an empty line ends it
 $ python sample.py Qwen/Qwen3-0.6B --prefix "Return" --device cpu # a model without a run
@@ -102,15 +102,18 @@ if __name__ == "__main__":
         prefix = clean(text.rstrip())
         sep = text[len(prefix):] or " "
         generator.check_length(len(writer.prompt_ids(prefix)) + writer.max_reply)
+        written = {}  # name of a player to its samples and, with --best_of, their p_real
         for name, adapter in players.items():
             windows = [Window(prefix, sep, "")] * flags.num * flags.best_of
-            samples = writer.write(windows, adapter, "sample", asked * len(windows))
+            samples, p_real = writer.write(windows, adapter, "sample", asked * len(windows)), None
             if judge:  # it reads a completion beside a truth of the same length: here the completion itself
                 discriminator.activate()
                 windows = [window._replace(truth=text) for window, text in zip(windows, samples.texts)]
                 p_real = judge.score(windows, samples.texts, 0).p_real.tolist()
-            for number in range(flags.num):
-                rows = range(number * flags.best_of, (number + 1) * flags.best_of)
+            written[name] = samples, p_real
+        for number in range(flags.num):  # base and trained side by side
+            rows = range(number * flags.best_of, (number + 1) * flags.best_of)
+            for name, (samples, p_real) in written.items():
                 i = max(rows, key=p_real.__getitem__) if judge else number
                 note = f", p_real {p_real[i]:.2f}, best of {flags.best_of}" if judge else ""
                 think = writer.decode(samples.roll.think[i]).strip()
