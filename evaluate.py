@@ -12,7 +12,7 @@ Writes result.json (the main numbers) and mauve.json (everything) into the run's
 What differs from the textbook:
 1. Floor, result and ceiling use the same prefixes and the same number of texts, because MAUVE reads high on few texts.
 2. Each has a standard deviation over k-means seeds and a 95 % interval for MAUVE at this number of texts.
-3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "not told apart".
+3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "no clear difference".
 """
 import json
 import math
@@ -26,7 +26,7 @@ WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, 
 LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last {num_last2000} (the write-up)",
           "fresh": "fresh: held-out prefixes", "fresh_ceiling": "ceiling of fresh"}
-PAIRED = "{verdict} by {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
+PAIRED = "{verdict}, {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
 
 
 def read_run(folder):

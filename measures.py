@@ -77,7 +77,7 @@ def paired(truth, one, other, num_draws=60):
     """MAUVE of `one` minus MAUVE of `other`: three matrices (N, H) whose i-th rows belong to one prefix.
 
     Returns a dict: difference; interval, 95 % by bootstrap over prefixes, each draw with another k-means seed; verdict:
-    "higher", "lower", or "not told apart" where the interval contains 0; num_sequences.
+    "higher", "lower", or "no clear difference" where the interval contains 0; num_sequences.
     """
     rng, N = np.random.default_rng(0), len(truth)
 
@@ -89,7 +89,7 @@ def paired(truth, one, other, num_draws=60):
     draws = np.array([difference(rng.integers(0, N, N), seed) for seed in range(num_draws)])  # (num_draws,)
     low, high = (middle + np.quantile(draws - draws.mean(), (0.025, 0.975))).tolist()
     return {"difference": middle, "interval": [low, high], "num_sequences": N,
-            "verdict": "higher" if low > 0 else "lower" if high < 0 else "not told apart"}
+            "verdict": "higher" if low > 0 else "lower" if high < 0 else "no clear difference"}
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def test_the_command_measures_one_run_and_compares_others_with_the_first(tmp_pat
     (apart / "rollouts.jsonl").write_text(rows.replace("prefix ", "other "))
     ended = run_script("evaluate.py", *runs)
     first, _, second = ended.out.strip().split("\n")
-    assert "not told apart by +0.000" in first and "higher by" in second
+    assert "no clear difference, +0.000" in first and "higher, +" in second
     assert ended.status == 2 and "0 common prefixes, and 4 are needed;" in ended.err
     for words in ([one, same, "--fresh", 8], [one, "--curve", 2], [one, "--device", "tpu"], [one, "--seeds", -1]):
         ended = run_script("evaluate.py", *words)

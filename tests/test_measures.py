@@ -43,12 +43,12 @@ def test_a_run_is_not_told_apart_from_itself_and_a_better_one_is_higher():
     rng = np.random.default_rng(0)
     truth, near, also_near, far = (rng.normal(shift, size=(200, 8)) for shift in (0, 0.1, 0.1, 1.5))
     same, better = paired(truth, far, far, 20), paired(truth, near, far, 20)
-    assert same == {"difference": 0, "interval": [0, 0], "verdict": "not told apart", "num_sequences": 200}
+    assert same == {"difference": 0, "interval": [0, 0], "verdict": "no clear difference", "num_sequences": 200}
     assert better["verdict"] == "higher" and 0 < better["interval"][0] < better["difference"] < better["interval"][1]
     near_mauve, far_mauve = (mauve_of(truth, texts, range(5))["mauve"] for texts in (near, far))
     assert better["difference"] == pytest.approx(near_mauve - far_mauve)
     assert paired(truth, far, near, 20)["verdict"] == "lower"
-    assert paired(truth, near, also_near, 20)["verdict"] == "not told apart"
+    assert paired(truth, near, also_near, 20)["verdict"] == "no clear difference"
 
 
 def test_base_features_are_means_over_positions_whatever_the_batch(demo):

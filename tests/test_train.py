@@ -95,7 +95,6 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(flags, train, tmp_path,
 def test_a_signal_saves_and_names_the_command_that_continues(train, tmp_path, monkeypatch):
     import os
     import signal
-    stopped_at(1, monkeypatch, lambda: os.kill(os.getpid(), 0))
     real = reward.policy_loss
     monkeypatch.setattr(reward, "policy_loss", lambda *args: (os.kill(os.getpid(), signal.SIGUSR1), real(*args))[1])
     ended = train("--out_dir", tmp_path / "a run")
