@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import bos_ids, clip, plain_encoder
-from model import DTYPES, causal_lm, head_logits, hidden_states, micro_batches, pad, positions
+from model import DTYPES, divisor, head_logits, head_weights, hidden_states, micro_batches, pad, positions
 from reward import REAL, policy_loss
 from rollout import Rollout, rng_for, rollout, rules, sampled_stats
 from sampler import Sampler
@@ -124,7 +124,7 @@ class Head(nn.Module):
         self.args, self.player, self.device = args, player, player.device
         self.encode, self.bos = plain_encoder(player.tokenizer), bos_ids(player.tokenizer)
         self.max_tokens = args.prefix_tokens + args.completion_tokens  # length of the longest sequence
-        size = causal_lm(player.model).config.get_text_config().hidden_size
+        size = head_weights(player.model)[0].shape[1]
         self.norm, self.linear = nn.LayerNorm(size), nn.Linear(size, 2)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -232,7 +232,7 @@ class Reason(nn.Module):
         self.max_prompt = positions(player.model) - reply
         self.max_tokens = (len(verdict_ids(player.tokenizer, self.encode, "", "")) + args.prefix_tokens
                            + args.completion_tokens + reply)  # length of the longest sequence
-        size = causal_lm(player.model).config.get_text_config().hidden_size
+        size = head_weights(player.model)[0].shape[1]
         self.value = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 1)).to(self.device)
         for p in self.value[1].parameters():
             nn.init.zeros_(p)  # d_value starts at exactly one half
@@ -258,7 +258,8 @@ class Reason(nn.Module):
             value[texts] = self.value_logits(hidden, ends[texts]).sigmoid()  # (2b,)
             last = hidden[torch.arange(len(texts), device=self.device), ends[texts] + len(self.opening)]  # (2b, H)
             logits = head_logits(self.player.model, last)[:, self.choice].float()  # (2b, 2)
-            immediate[texts] = (logits / (self.args.temperature or 1.0)).softmax(-1)[:, REAL]  # (2b,)
+            logits /= divisor(self.player.model, self.args.temperature)  # (2b, 2)
+            immediate[texts] = logits.softmax(-1)[:, REAL]  # (2b,)
         return Verdicts(roll, ends, verdict, value, immediate)
 
     @torch.no_grad()

@@ -9,12 +9,16 @@ What differs from the textbook:
 
 Letters: B sequences, T tokens, N marked tokens (n in a chunk of them), K kinds of position, V vocabulary, H hidden.
 """
+import collections
 import contextlib
+import hashlib
 import inspect
 import logging
 import math
+import os
 import pathlib
 import pickle
+import re
 import resource
 import sys
 import warnings
@@ -26,13 +30,17 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", categor
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
+                          PreTrainedConfig)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.logging import disable_progress_bar
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from flags import UserError
+from flags import UserError, first_line, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = pathlib.Path(__file__).parent / "demo"
@@ -43,6 +51,7 @@ DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, Attr
           pickle.UnpicklingError)  # what reading damaged weights can raise
 CHUNK_BYTES = 1 << 26  # size of one (n, V) fp32 buffer of token_stats, which holds up to five
 CHUNK_ROWS = 512       # maximum rows per chunk; more are slower on a CPU with a small vocabulary
+PROBE = "The first of three bridges was built in 1861, of stone; the others are younger, and made of iron and steel."
 
 
 def checked_device(name):
@@ -65,12 +74,67 @@ def memory_gb(device):
 # -----------------------------------------------------------------------------
 # loading
 
+def source(name):
+    """Path and revision of an embedded model, a folder, a hub id, or a hub id with @ and a revision."""
+    path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
+    return EMBEDDED.get(path, path), revision or "main"
+
+
+def pinned(name, flag):
+    """A hub id with the commit that it stands for now; any other name as it is."""
+    path, revision = source(name)
+    load_config(name, flag)  # says what is wrong with the name
+    commit = None if os.path.isdir(path) else extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
+    return f"{path}@{commit}" if commit else name
+
+
+def digests(folder):
+    """What tells the files of a model and of its tokenizer from others."""
+    found = {"weights": hashlib.blake2b(digest_size=8), "tokenizer": hashlib.blake2b(digest_size=8)}
+    for file in sorted(pathlib.Path(folder).iterdir()):
+        of_tokenizer = re.match("tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece", file.name)
+        if of_tokenizer or file.suffix == ".safetensors" or file.name in ("config.json", "generation_config.json"):
+            with open(file, "rb") as content:
+                part = hashlib.file_digest(content, "blake2b").digest()
+            found["tokenizer" if of_tokenizer else "weights"].update(file.name.encode() + part)
+    return {kind: digest.hexdigest() for kind, digest in found.items()}
+
+
 def load_tokenizer(name, flag="--model"):
     """The tokenizer of a hub id, a folder, or an embedded model; `flag` is the one that named it."""
+    path, revision = source(name)
     try:
-        return AutoTokenizer.from_pretrained(EMBEDDED.get(name, name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if not tokenizer("text").input_ids:
+            raise ValueError("there are no tokenizer files beside the weights")
+    except Exception as error:  # damaged files raise whatever the readers come across
+        raise UserError(f"{flag} {name}: its tokenizer could not be loaded: {first_line(error)}") from None
+    return tokenizer
+
+
+def load_config(name, flag):
+    """The config of a model: no dropout, and the attention kernel that transformers prefers, not one that it asks for."""
+    path, revision = source(name)
+    try:
+        adapter = find_adapter_config_file(path, revision=revision)
+        config = None if adapter else AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{flag} {name} could not be loaded: {first_line(error)}") from None
+    if adapter:
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(f"{flag} {name} holds an adapter for {base}, not a model; merge the two first (a run's: python "
+                        f"-m tools.export RUN --merge DIR; another's: peft's merge_and_unload), or name {base}")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{flag} {name} is stored quantised; name the full model, with --quant nf4 or int8 if need be")
+    parts = [config]
+    for part in parts:
+        for key, value in list(vars(part).items()):
+            if isinstance(value, PreTrainedConfig):
+                parts.append(value)
+            elif re.search("drop|jitter", key) and isinstance(value, (int, float)):
+                setattr(part, key, type(value)(0))
+        part._attn_implementation = None
+    return config
 
 
 def load_model(name, quant, dtype, device, flag="--model"):
@@ -78,31 +142,59 @@ def load_model(name, quant, dtype, device, flag="--model"):
 
     quant is none, nf4 (4-bit) or int8 (bitsandbytes); dtype is the weights' or, quantised, the compute dtype.
     """
-    path = EMBEDDED.get(name, name)
-    config = {
+    quantisation = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quant]
-    tokenizer = load_tokenizer(name, flag)
+    (path, revision), config, tokenizer = source(name), load_config(name, flag), load_tokenizer(name, flag)
     disable_progress_bar()
+    set_verbosity_error()  # it would print a table where weights are missing
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], quantization_config=config, device_map={"": device}, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:  # no such model, no hub, torn weights, not a causal LM
-        raise UserError(f"{flag} {name} could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    model.requires_grad_(False)
-    model.eval()
-    for module in model.modules():  # bitsandbytes would repack nf4 weights for AVX512, in a form that has no gradient
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    ids = torch.tensor([[0, 1, 2]], device=device)  # (1, 3)
-    with torch.no_grad():
-        theirs, ours = model(ids).logits, head_logits(model, hidden_states(model, ids))  # (1, 3, V) each
-    if not torch.allclose(theirs.float(), ours.float(), rtol=0.05, atol=0.05):
-        raise UserError(f"{flag} {name} changes its logits after the output layer (a soft cap, a scale), "
-                        "which token_stats does not support; choose another model")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, config=config, dtype=DTYPES[dtype], quantization_config=quantisation,
+            device_map={"": device}, use_safetensors=True, output_loading_info=True)
+        for word in ("missing", "unexpected"):
+            if keys := sorted(info[f"{word}_keys"]):
+                raise ValueError(f"{len(keys)} {word} weights, {keys[0]} for one: they are not those of its config.json")
+        model.requires_grad_(False)
+        model.eval()
+        for module in model.modules():  # bitsandbytes would repack nf4 weights for AVX512, in a form without a gradient
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        check_model(model, tokenizer, quant, dtype)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # no such model, no hub, torn weights, not a causal LM, or one that cannot be run
+        raise UserError(f"{flag} {name} could not be loaded: {first_line(error)}") from None
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_model(model, tokenizer, quant, dtype):
+    """Raise a ValueError for a model whose log-probs token_stats cannot compute. A factor on all logits is kept."""
+    rows, ids = len(model.get_input_embeddings().weight), torch.tensor([tokenizer(PROBE).input_ids])  # (1, T)
+    if (largest := max(tokenizer.get_vocab().values())) >= min(rows, len(head_weights(model)[0])):
+        raise ValueError(f"the tokenizer has ids up to {largest}, and the model {rows} rows of embeddings; enlarge them "
+                         "with resize_token_embeddings, or remove the tokens that were added")
+    ids, tolerance = ids[:, :64].to(model.device), 1e-3 if (quant, dtype) == ("none", "fp32") else 0.05
+    theirs, hidden = model(ids, use_cache=False).logits.float(), hidden_states(model, ids)  # (1, T, V), (1, T, H)
+    early = hidden_states(model, ids[:, :8])  # (1, 8, H)
+    if not (theirs.isfinite().all() and hidden.isfinite().all()):
+        raise ValueError("its states are not finite" + f" in {dtype}; give --dtype bf16 or fp32" * (dtype == "fp16"))
+    scale = tolerance * hidden.float().abs().max()
+    if (early - hidden[:, :8]).abs().max() > max(scale, 1e-3):
+        raise ValueError("later tokens change its states of earlier ones, so it is not causal; choose another model")
+    ours = head_logits(model, hidden).float()  # (1, T, V)
+    model.logit_factor = ((theirs * ours).sum() / ours.square().sum()).item()
+    if abs(model.logit_factor - 1) < 1e-2:
+        model.logit_factor = 1.0
+    capped = [key for part in (model.config, model.config.get_text_config()) for key, value in vars(part).items()
+              if value and "logit" in key and "cap" in key and "att" not in key]
+    if capped or not torch.allclose(theirs, model.logit_factor * ours, rtol=tolerance, atol=tolerance):
+        cause = ", ".join({*capped}) or "a cap, say, or one more layer"
+        raise ValueError(f"its logits are not those of its last states and output layer alone ({cause}), which "
+                         "token_stats does not support; choose another model")
 
 
 def load_players(args, device):
@@ -207,8 +299,13 @@ def add_adapters(model, names, rank, alpha, flag="--model"):
 
     Adapters are fp32. peft would keep an fp32 copy of each layer's input for the backward pass; ours keeps the input.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    linear = {id(x) for x in backbone(model).modules() if isinstance(x, (torch.nn.Linear, Conv1D))}
+    linear -= {id(model.get_output_embeddings())}
+    targets = LoraConfig(target_modules=[key for key, x in model.named_modules() if id(x) in linear])
     try:
+        convert_peft_config_for_transformers(targets, model, None)  # leaves out what peft would take for experts
+        config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, target_modules=targets.target_modules,
+                            task_type="CAUSAL_LM")
         model = get_peft_model(model, config, adapter_name=names[0])
     except ValueError as error:
         raise UserError(f"{flag} {model.config.name_or_path}: peft has no adapters for it: {error}") from None
@@ -221,12 +318,31 @@ def add_adapters(model, names, rank, alpha, flag="--model"):
     return model
 
 
+def untrained(model):
+    """Share of the weights that no gradient changes, embeddings and output layer aside, and the names of such weights.
+
+    Call it after a backward pass of an adapter whose weights are not zero.
+    """
+    base, total, names = causal_lm(model), 0, collections.Counter()
+    ends = {id(base.get_output_embeddings().weight)}
+    ends |= {id(x.weight) for x in base.modules() if isinstance(x, torch.nn.Embedding)}
+    trained = {id(x.get_base_layer().weight) for x in model.modules() if isinstance(x, LoraLayer) and
+               any(down.weight.grad is not None for down in x.lora_A.values())}
+    for name, p in base.named_parameters():
+        if "lora_" not in name and p.ndim > 1 and id(p) not in ends:
+            total += p.numel()
+            names[re.sub(r".*\.\d+\.|\.base_layer|\.weight$", "", name)] += p.numel() * (id(p) not in trained)
+    return names.total() / max(total, 1), [name for name, count in names.most_common(4) if count]
+
+
 def checkpoint_layers(model):
-    """Keep only each layer's input for the backward pass and recompute the rest. Dropout stays off."""
+    """Keep only each layer's input for the backward pass and recompute the rest."""
+    layers = [module for module in causal_lm(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not causal_lm(model).supports_gradient_checkpointing:
+        raise UserError(f"--grad_ckpt: {type(causal_lm(model)).__name__} does not support it; try --micro_batch 1")
     causal_lm(model).activation_checkpointing_enable({"use_reentrant": False})
-    for module in causal_lm(model).modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # this module alone: it reads the flag to decide whether to checkpoint
+    for layer in layers:
+        layer.training = True  # this module alone: it reads the flag to decide whether to checkpoint
 
 
 def load_adapter(model, folder, name):
@@ -253,6 +369,11 @@ def causal_lm(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def backbone(model):
+    """The part of a causal LM that turns ids into hidden states."""
+    return causal_lm(model).get_decoder()
+
+
 # -----------------------------------------------------------------------------
 # states and logits
 
@@ -265,8 +386,8 @@ def has_full_attention(model):
     """Whether every layer attends to all earlier tokens, wherever padding puts them: no sliding window, no recurrent
     state, no positions counted by column.
     """
-    config, forward = causal_lm(model).config.get_text_config(), causal_lm(model).base_model.forward
-    kinds = set(getattr(config, "layer_types", None) or [])
+    config, forward = causal_lm(model).config.get_text_config(), backbone(model).forward
+    kinds = {*(getattr(config, "layer_types", None) or []), *(getattr(config, "attention_layers", None) or [])}
     if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(forward).parameters:
         return False
     return kinds == {"full_attention"} or not kinds and not getattr(config, "sliding_window", None)
@@ -278,16 +399,16 @@ def hidden_states(model, ids, shared=0):
     Pad on the right and pass no mask: under causal attention what follows a token cannot reach it. The first `shared`
     ids are the same in all rows: where they are a good part of T, they are read once, with the same gradients.
     """
-    backbone, (B, T) = causal_lm(model).base_model, ids.shape
+    decoder, (B, T) = backbone(model), ids.shape
     checkpointed = getattr(causal_lm(model), "is_activation_checkpointing", False)  # then there is no cache
     if B == 1 or shared < T / 4 or checkpointed or not has_full_attention(model):
-        return backbone(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
     cache = DynamicCache()
-    head = backbone(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+    head = decoder(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         layer.keys, layer.values = (x.expand(B, -1, -1, -1) for x in (layer.keys, layer.values))
     place = torch.arange(shared, T, device=ids.device)[None]  # (1, T - shared)
-    tail = backbone(input_ids=ids[:, shared:], position_ids=place, past_key_values=cache, use_cache=True)
+    tail = decoder(input_ids=ids[:, shared:], position_ids=place, past_key_values=cache, use_cache=True)
     return torch.cat([head.last_hidden_state.expand(B, -1, -1), tail.last_hidden_state], 1)  # (B, T, H)
 
 
@@ -295,6 +416,11 @@ def head_weights(model, vocab=None):
     """Weight (V, H) and bias (V,), or None, of the output layer, for the first `vocab` ids."""
     head = causal_lm(model).get_output_embeddings()
     return head.weight[:vocab], None if head.bias is None else head.bias[:vocab]  # (V, H), (V,)
+
+
+def divisor(model, temperature):
+    """The number that logits are divided by: the temperature (0: one) over the factor that the model itself puts on."""
+    return (temperature or 1.0) / getattr(causal_lm(model), "logit_factor", 1.0)
 
 
 def head_logits(model, hidden, vocab=None):
@@ -350,7 +476,7 @@ def token_stats(model, ids, mask, blocked=None, kind=None, temperature=1.0, with
         blocked = torch.zeros(1, size, dtype=torch.bool, device=ids.device)  # (1, V)
     weight, bias = head_weights(model, blocked.shape[1])  # (V, H), (V,)
     stats = TokenStats(*_TokenStats.apply(
-        predicting(hidden), ref_hidden, weight, bias, targets, blocked, kind, temperature or 1.0))  # (N,) each
+        predicting(hidden), ref_hidden, weight, bias, targets, blocked, kind, divisor(model, temperature)))  # (N,) each
     return (stats, hidden) if return_hidden else stats
 
 

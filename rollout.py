@@ -10,14 +10,18 @@ What differs from the textbook:
 Letters: B sequences (b of them), T tokens, N sampled ones, V vocabulary, H hidden, R and C maximum tokens of thinking
 and completion, L closing length, S stop ids.
 """
+import contextlib
 import hashlib
+import math
 import os
 from typing import NamedTuple
 
 import torch
 
-from data import clip, opens_thinking, plain_encoder, prompt_ids
-from model import FORBIDDEN, causal_lm, head_weights, pad, token_stats
+from data import clip, opens_thinking, plain_encoder, prompt_ids, words
+from flags import UserError, first_line
+from model import (FORBIDDEN, adapter_parameters, causal_lm, divisor, head_weights, micro_batches, pad, token_stats,
+                   untrained, without_adapters)
 from reward import length_score
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -61,6 +65,7 @@ class Rollout(NamedTuple):
     thinking: torch.Tensor      # (B, T) belongs to the thinking, its </think> included
     logps: torch.Tensor         # (B, T) the sampler's log-probs, 0 where not sampled
     think_closed: torch.Tensor  # (B,) the model closed its thinking by itself
+    broken: torch.Tensor        # (B,) ended where its states were not finite
     think: list                 # B lists of ids, without </think>
     reply: list                 # B lists of ids, without the stop id
     shared: int                 # number of leading ids that all rows share
@@ -69,9 +74,9 @@ class Rollout(NamedTuple):
 class Reply:
     """The replies of B rows while they are written; all state is changed in place, so that a graph can hold a step."""
 
-    def __init__(self, rows, rules, reasoning_tokens, completion_tokens, temperature, weight, bias):
-        self.rules, self.R, self.C, self.temperature = rules, reasoning_tokens, completion_tokens, temperature
-        self.weight, self.bias = weight, bias  # (V, H), (V,) or None
+    def __init__(self, rows, rules, reasoning_tokens, completion_tokens, temperature, model):
+        self.rules, self.R, self.C, self.greedy = rules, reasoning_tokens, completion_tokens, temperature == 0
+        self.divisor, (self.weight, self.bias) = divisor(model, temperature), head_weights(model, rules.blocked.shape[1])
         self.budget = reasoning_tokens + len(rules.close) + completion_tokens
         # with no thinking budget the closing is part of the prompt
         self.forced_prefix = rules.close.tolist() if reasoning_tokens == 0 else []
@@ -81,7 +86,8 @@ class Reply:
             return torch.zeros(*shape, dtype=dtype, device=rules.close.device)
 
         self.t, self.token = zeros(1), zeros(rows)  # (1,), (B,) the step, and the last tokens
-        self.thinking, self.done, self.think_closed = (zeros(rows, dtype=torch.bool) for _ in range(3))  # (B,) each
+        self.thinking, self.done, self.broken, self.think_closed = (
+            zeros(rows, dtype=torch.bool) for _ in range(4))  # (B,) each
         self.queue = zeros(rows)  # (B,) index in `close` of the next token to force; L: none
         self.num_think, self.num_completion = zeros(rows), zeros(rows)  # (B,) each
         self.uniform = zeros(self.budget, rows, dtype=torch.double)     # (budget, B) random numbers to draw with
@@ -90,7 +96,7 @@ class Reply:
 
     def reset(self, uniform):
         self.uniform.copy_(uniform)
-        for tensor in (self.done, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
+        for tensor in (self.done, self.broken, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
             tensor.zero_()
         self.t.fill_(len(self.forced_prefix))
         self.out["alive"][:, :len(self.forced_prefix)] = True
@@ -108,10 +114,12 @@ class Reply:
         forced = queue < L                                        # (B,)
         blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()  # (B, V)
-        if self.temperature not in (0.0, 1.0):
-            logits /= self.temperature
+        if self.divisor != 1.0:
+            logits /= self.divisor
         logits = torch.where(blocked, FORBIDDEN, logits)  # (B, V)
-        drawn, logp = draw(logits, None if self.temperature == 0 else self.uniform.index_select(0, self.t)[0])  # (B,)
+        drawn, logp = draw(logits, None if self.greedy else self.uniform.index_select(0, self.t)[0])  # (B,)
+        self.broken |= ~logp.isfinite() & ~self.done              # (B,) 16 bits may overflow: nothing can be drawn then
+        self.done |= self.broken
         token = torch.where(forced, self.close[queue.clamp(max=max(L - 1, 0))], drawn)  # (B,)
         token = torch.where(self.done, rules.pad, token)          # (B,)
         sampled = ~forced & ~self.done                            # (B,)
@@ -146,7 +154,7 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
     uniform = torch.stack(numbers, 1)  # (budget, B)
 
     def new_reply():
-        return Reply(B, *settings, *head_weights(sampler.model, rules.blocked.shape[1]))
+        return Reply(B, *settings, sampler.model)
 
     width = max(map(len, prompts)) + budget
     reader, reply, step = sampler.decoder((id(rules), *settings[1:]), B, width, new_reply)
@@ -199,6 +207,8 @@ class Writer:
         prompts = [self.prompt_ids(window.prefix) for window in windows]
         roll = rollout(self.sampler, prompts, self.rules, args.reasoning_tokens,
                        args.completion_tokens + args.echo_tokens, args.temperature, keys)
+        if roll.broken.all():
+            raise UserError(f"--dtype {args.dtype}: the states of --model {args.model} are not finite; try another dtype")
         texts, sizes, num_sampled = [], [], roll.sampled.sum().item()
         for i, (window, reply) in enumerate(zip(windows, roll.reply)):
             whole = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
@@ -273,20 +283,95 @@ def gather(prompts, written):
     ids, logps = pad(ids, rules.pad, device), pad(logps, 0.0, device, torch.float)  # (B, T) each
     sampled, thinking = (pad(mask, False, device, torch.bool) for mask in (sampled, thinking))  # (B, T) each
     shared = len(os.path.commonprefix(prompts))
-    return Rollout(ids, sampled, thinking, logps, written.think_closed.clone(), think, reply, shared)
+    closed, broken = written.think_closed.clone(), written.broken.clone()  # (B,) each
+    return Rollout(ids, sampled, thinking, logps, closed, broken, think, reply, shared)
 
 
 def strip_echo(reply, prefix, max_words):
-    """Cut the echo off a reply: the last 2 to `max_words` whole words of the prefix at its beginning, an ellipsis
-    before them or not. Leading white space goes in any case. max_words below 2: no echo is looked for.
+    """Cut the echo off a reply: the last 2 to `max_words` of the prefix's `words` at its beginning, an ellipsis before
+    them or not. Leading white space goes in any case. max_words below 2: no echo is looked for.
     """
     reply = reply.lstrip()
     start = 3 if reply.startswith("...") else 1 if reply.startswith("\u2026") else 0
-    said, words = reply[start:].split(), prefix.split()
-    for n in range(min(max_words, len(said), len(words)), 1, -1):  # the longest echo first
-        if said[:n] == words[-n:]:
+    said, known = words(reply[start:]), words(prefix)
+    for n in range(min(max_words, len(said), len(known)), 1, -1):  # the longest echo first
+        if said[:n] == known[-n:]:
             rest = reply[start:].lstrip()
             for word in said[:n]:
                 rest = rest[len(word):].lstrip()
             return rest
     return reply
+
+
+# -----------------------------------------------------------------------------
+# a check of the model before the run
+
+def probe(writer, player, judge, windows):
+    """Refuse a model that the run would misread: sample, score, train and judge three sequences as the run will do it.
+
+    Their lengths differ, the longest is as long as any of the run's, and the adapter has visible weights. Nothing stays.
+    """
+    args, most = writer.args, writer.max_tokens - writer.max_reply
+    prompts, text = [writer.prompt_ids(w.prefix) for w in windows], "\n".join(w.prefix + w.sep + w.truth for w in windows)
+    prompts[0] = (prompts[0] + writer.encode(text)[0] * most)[:most + args.completion_tokens]
+    prompts[1] = prompts[1][:-len(prompts[1]) // 4]
+    params = adapter_parameters(player.model, player.adapter)
+    kept, rng = [p.detach().clone() for p in params], rng_for("probe")
+    try:
+        player.activate()
+        for p in params:
+            p.data += 0.03 * torch.randn(p.shape, generator=rng).to(p.device)
+        gaps, (share, names) = log_prob_gaps(writer.sampler, player, writer.rules, prompts, args), untrained(player.model)
+        judge.player.activate()
+        judged = judge.score(windows, [window.truth for window in windows[1:] + windows[:1]], 0)
+        for rows in micro_batches(judged.shown, args.micro_batch):
+            judge.loss(judged, rows)[0].backward()
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"--model {args.model} cannot be used here: {type(error).__name__}: {first_line(error)}") from None
+    finally:
+        for p, old in zip(params, kept):
+            p.data.copy_(old)
+        for p in (*player.model.parameters(), *judge.player.model.parameters(), *judge.parameters()):
+            p.grad = None
+        writer.sampler.release()
+    if share > 0.01:
+        print(f"--model {args.model}: {share:.0%} of the weights are not trained: {', '.join(names)}", flush=True)
+    allowed = 1e-3 if args.quant != "int8" and args.dtype == "fp32" else 0.15
+    for name, gap in gaps.items():
+        if not gap <= allowed:
+            raise UserError(f"--model {args.model}: the {name}'s log-probs are {gap:.2g} nats off the model's own, and "
+                            f"{allowed} are allowed; choose another model, or --dtype fp32 if rounding is the cause")
+
+
+def log_prob_gaps(sampler, player, rules, prompts, args):
+    """Distance in nats of the log-probs of sampler, learner and reference from those of the model's own forward pass on
+    each sequence alone, without padding or cache: for each of the three the mean over a row's tokens, of the worst row.
+    Gradients of the learner's are added to the adapter's.
+    """
+    sampler.sync(player.adapter)
+    keys = [("probe", i) for i in range(len(prompts))]
+    roll = rollout(sampler, prompts, rules, min(args.reasoning_tokens, 2), 4, args.temperature, keys)
+    found, lm, with_kl = {"sampler": roll.logps, "learner": 0 * roll.logps}, causal_lm(player.model), args.kl_coef > 0
+    if with_kl:
+        found["reference"] = 0 * roll.logps  # (B, T)
+    for rows in micro_batches(range(len(prompts)), args.micro_batch):
+        stats, mask = sampled_stats(player.model, roll, rows, rules, args.temperature, with_kl), roll.sampled.clone()
+        mask[[i for i in range(len(prompts)) if i not in rows]] = False  # (B, T)
+        found["learner"][mask] = stats.logp.detach()
+        if with_kl:
+            found["reference"][mask] = stats.ref_logp
+        (stats.logp.sum() + stats.kl.sum()).backward()
+    gaps = {}
+    for name, logps in found.items():
+        with torch.no_grad(), without_adapters(player.model) if name == "reference" else contextlib.nullcontext():
+            for ids, sampled, thinking, row in zip(roll.ids, roll.sampled, roll.thinking, logps):
+                at = sampled.nonzero()[:, 0]  # (n,)
+                logits = lm(input_ids=ids[None, :at[-1] + 1], use_cache=False).logits[0, at - 1].float()  # (n, V)
+                blocked = rules.blocked[torch.where(thinking[at], THINKING, COMPLETION)]  # (n, V)
+                logits = (logits[:, :blocked.shape[1]] / (args.temperature or 1.0)).masked_fill(blocked, FORBIDDEN)
+                wanted = logits.log_softmax(-1).gather(1, ids[at, None])[:, 0]  # (n,)
+                gap = (row[at] - wanted).abs().mean().item()
+                gaps[name] = gap if math.isnan(gap) else max(gap, gaps.get(name, 0.0))
+    return gaps

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache, StaticCache
 
 from flags import UserError
-from model import causal_lm, head_weights, pad, has_full_attention
+from model import backbone, causal_lm, head_weights, pad, has_full_attention
 
 BUCKET = 64  # the cache's width is a multiple of it, so that prompts of about one length share a cache and its graph
 MAX_CACHES = 6     # number of shapes whose static caches are kept
@@ -102,8 +102,8 @@ class GrowingReader:
         S = len(os.path.commonprefix([prompt[:-1] for prompt in prompts])) if has_full_attention(self.model) else 0
         self.cache = DynamicCache(config=self.model.config)
         if S:
-            self.model.base_model(input_ids=torch.tensor([prompts[0][:S]], device=self.model.device),
-                                  past_key_values=self.cache)
+            backbone(self.model)(input_ids=torch.tensor([prompts[0][:S]], device=self.model.device),
+                                 past_key_values=self.cache)
             self.cache.batch_repeat_interleave(len(prompts))
         ids, seen, place = left_padded([prompt[S:] for prompt in prompts], pad_id, self.model.device)  # (B, P - S) each
         self.seen = torch.nn.functional.pad(seen, (S, 0), value=1)  # (B, P)
@@ -117,8 +117,8 @@ class GrowingReader:
         return self.forward(token[:, None], self.place)  # (B, H)
 
     def forward(self, ids, place):
-        return self.model.base_model(input_ids=ids, attention_mask=self.seen, position_ids=place,
-                                     past_key_values=self.cache).last_hidden_state[:, -1]  # (B, H)
+        return backbone(self.model)(input_ids=ids, attention_mask=self.seen, position_ids=place,
+                                    past_key_values=self.cache).last_hidden_state[:, -1]  # (B, H)
 
 
 class StaticReader:
@@ -152,8 +152,8 @@ class StaticReader:
         return self.forward(token[:, None], self.mask, self.place)  # (B, H)
 
     def forward(self, ids, mask, place):
-        return self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=place,
-                                     past_key_values=self.cache).last_hidden_state[:, -1]  # (B, H)
+        return backbone(self.model)(input_ids=ids, attention_mask=mask, position_ids=place,
+                                    past_key_values=self.cache).last_hidden_state[:, -1]  # (B, H)
 
 
 class Step:

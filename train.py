@@ -132,7 +132,7 @@ if __name__ == "__main__":
     from model import DTYPES, TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
     from plot import plot_runs
     from reward import Baseline, generator_reward, length_score, policy_loss
-    from rollout import Writer, sampled_stats
+    from rollout import Writer, probe, sampled_stats
     from sampler import Sampler
 
     # -----------------------------------------------------------------------------
@@ -155,6 +155,7 @@ if __name__ == "__main__":
     judge = make_judge(args, discriminator, sampler)
     generator.check_length(writer.max_tokens)
     discriminator.check_length(judge.max_tokens)
+    probe(writer, generator, judge, [stream[i] for i in range(3)])
     generator.optimize(args.g_lr, args)
     discriminator.optimize(args.d_lr, args, judge.parameters())
 
