@@ -9,6 +9,7 @@ import fcntl
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -22,8 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flags import UserError, first_line, read_json, write_whole
-from model import DAMAGE, load_adapter, load_players
+from flags import Run, UserError, escaped, first_line, read_json, resume_command, write_whole
+from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, load_adapter, load_players
 
 FORMAT = 2
 
@@ -34,8 +35,14 @@ def save(out_dir, step, players, judge, baseline, files):
     files: the run's append-only files, whose lengths are saved, so that a resumed run can cut off later lines.
     """
     new, ckpt, old = (pathlib.Path(out_dir) / name for name in ("ckpt.new", "ckpt", "ckpt.old"))
+    for file in files:
+        check_in_place(file)
+    if not all_finite(players, judge):
+        raise UserError(f"--out_dir {out_dir}: before step {step} a weight or a moment of an optimiser is not finite, "
+                        f"so it is not saved; {standing(out_dir)}; or start a new run with a lower learning rate, or "
+                        "--dtype bf16 or fp32", 1)
     try:
-        shutil.rmtree(new, ignore_errors=True)
+        remove(new)
         for model in {id(player.model): player.model for player in players}.values():
             model.save_pretrained(new, save_embedding_layers=False)  # True would ask the hub whether embeddings changed
         save_file({key: x.contiguous() for key, x in judge.state_dict().items()}, new / "head.safetensors")
@@ -47,19 +54,59 @@ def save(out_dir, step, players, judge, baseline, files):
                     "players": [player.state_dict() for player in players]}, new / "state.pt")
         for path in [*new.rglob("*"), new]:
             fsync(path)
-        if ckpt.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(ckpt):
+            remove(old)
             ckpt.rename(old)
         new.rename(ckpt)
         fsync(new.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk by a RuntimeError
         if out_of_memory(error):
             raise
         shutil.rmtree(new, ignore_errors=True)
-        stands = "the one before it is intact" if ckpt.exists() or old.exists() else "there is none before it"
-        raise UserError(f"--out_dir {out_dir}: a checkpoint could not be written ({first_line(error)}); {stands}; "
-                        f"make room, then: {resume_command(out_dir)}") from None
+        raise UserError(f"--out_dir {out_dir}: a checkpoint could not be written ({first_line(error)}); make room; "
+                        f"{standing(out_dir)}") from None
+
+
+def check_in_place(file):
+    """End a run whose open file is no longer the one at its path: what it writes would be lost."""
+    try:
+        here = os.stat(file.name)
+        lost = not os.path.samestat(here, os.fstat(file.fileno())) or here.st_size < file.tell()
+    except OSError:
+        lost = True
+    if lost:
+        folder = pathlib.Path(file.name).parent
+        raise UserError(f"{file.name} was moved, deleted or replaced while the run wrote to it, so the run ends; where "
+                        f"its folder still has a checkpoint, continue with: {resume_command(folder)}")
+
+
+def all_finite(players, judge):
+    """Whether all that a checkpoint holds is finite: adapters, the judge's head, moments of the optimisers."""
+    moments = [x for player in players for state in player.optimizer.state.values() for x in state.values()]
+    weights = [p for player in players for p in player.params]
+    return all(x.isfinite().all() for x in [*weights, *judge.state_dict().values(), *moments]
+               if torch.is_tensor(x) and x.is_floating_point())
+
+
+def remove(path):
+    """Remove a folder, if there is one; a link to a folder on another disk is removed, not followed."""
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(out_dir):
+    """The folder of the run's last whole checkpoint, or None."""
+    paths = (pathlib.Path(out_dir) / name for name in ("ckpt", "ckpt.old"))
+    return next((path for path in paths if (path / "state.pt").exists()), None)
+
+
+def standing(out_dir):
+    """What is left of a run that ends too early, and how to go on."""
+    if latest(out_dir) and (pathlib.Path(out_dir) / "args.json").exists():
+        return f"the last checkpoint is intact: {resume_command(out_dir)}"
+    return f"there is no checkpoint yet: remove {shlex.quote(str(out_dir))} and start the run again"
 
 
 def fsync(path):
@@ -73,10 +120,18 @@ def fsync(path):
 
 def load_weights(folder, players, judge=None):
     """Read the adapters of players, and a judge's head, from a checkpoint's folder."""
+    weights = {}
     for player in players:
         load_adapter(player.model, folder / player.adapter, player.adapter)
+        weights |= enumerate(adapter_parameters(player.model, player.adapter), len(weights))
     if judge:
-        judge.load_state_dict(load_file(folder / "head.safetensors"))
+        head = load_file(folder / "head.safetensors")
+        if {key: x.shape for key, x in head.items()} != {key: x.shape for key, x in judge.state_dict().items()}:
+            raise ValueError("head.safetensors is that of another discriminator")
+        judge.load_state_dict(head)
+        weights |= head
+    if not all(x.isfinite().all() for x in weights.values()):
+        raise ValueError("a weight is not finite")
 
 
 def restore(out_dir, players, judge, baseline):
@@ -84,45 +139,86 @@ def restore(out_dir, players, judge, baseline):
 
     A checkpoint that is missing, cut short, or from another model or version is a one-line error, and cuts nothing.
     """
-    out_dir = pathlib.Path(out_dir)
-    ckpt = next((out_dir / name for name in ("ckpt", "ckpt.old") if (out_dir / name / "state.pt").exists()), None)
+    out_dir, ckpt = pathlib.Path(out_dir), latest(out_dir)
     if ckpt is None:
         raise UserError(f"--resume {out_dir}: there is no checkpoint in it; start a new run with another --out_dir")
+    args = Run(out_dir).args
     try:
         saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"its format is {saved['format']}, this version reads {FORMAT}")
-        for name, length in saved["lengths"].items():
-            if pathlib.Path(name).name != name or not 0 <= length <= (out_dir / name).stat().st_size:
-                raise ValueError(f"{name} is shorter than when it was saved")
-        load_weights(ckpt, players, judge)
+        step, lengths = saved["step"], saved["lengths"]
+        check_lengths(out_dir, lengths)
+        with open(out_dir / "metrics.jsonl", "rb") as file:  # it has a line for each step from 0 on
+            num_lines = file.read(lengths["metrics.jsonl"]).count(b"\n")
+        first = -args.d_warmup if len(players) > 1 else 0  # tools.sft, with one player, has no warm-up
+        if type(step) is not int or not first <= step <= args.num_steps or max(step, 0) != num_lines:
+            raise ValueError(f"its step is {step!r}, after {num_lines} of {args.num_steps} in metrics.jsonl")
         for player, state in zip(players, saved["players"], strict=True):
-            player.load_state_dict(state)
+            load_player(player, state)
+        load_weights(ckpt, players, judge)
+        mean, variance = (saved["baseline"].get(key) for key in ("mean", "variance"))  # None until the first reward
+        if (mean, variance) != (None, None) and not (abs(mean) < math.inf and 0 <= variance < math.inf):
+            raise ValueError(f"its baseline is {saved['baseline']}")
         baseline.load_state_dict(saved["baseline"])
-        step = int(saved["step"])
-    except DAMAGE as error:
+        if not all_finite(players, judge):
+            raise ValueError("a moment of an optimiser is not finite")
+    except Exception as error:  # a damaged file raises whatever its readers come across
+        if out_of_memory(error):
+            raise
         raise UserError(f"--resume {out_dir}: {ckpt.name} cannot be used ({first_line(error)}): it is cut short, or "
                         "from another model or version") from None
-    for name, length in saved["lengths"].items():
+    for name, length in lengths.items():
         os.truncate(out_dir / name, length)
     return step
 
 
+def check_lengths(out_dir, lengths):
+    """Refuse lengths that are not those of the run's own files, at the end of a line: files are cut to them."""
+    own = [f"{name}.jsonl" for name in ("metrics", "rollouts", "verdicts") if (out_dir / f"{name}.jsonl").exists()]
+    if sorted(lengths) != own:
+        raise ValueError(f"it has the lengths of {', '.join(map(str, lengths))}, and the files are {', '.join(own)}")
+    for name, length in lengths.items():
+        if (out_dir / name).is_symlink():
+            raise ValueError(f"{name} is a link")
+        with open(out_dir / name, "rb") as file:
+            if type(length) is not int or not 0 <= length <= file.seek(0, os.SEEK_END):
+                raise ValueError(f"{name} is shorter than when it was saved, at {length!r} bytes")
+            file.seek(max(length - 1, 0))
+            if length and file.read(1) != b"\n":
+                raise ValueError(f"{name} has no line that ends at byte {length}")
+
+
+def load_player(player, state):
+    """Load a player's optimiser and scaler, whose state must fit its parameters: torch takes moments of any shape."""
+    def layout(state):
+        return {key: (x.shape, x.dtype) if torch.is_tensor(x) else type(x) for key, x in state.items()}
+
+    for p in player.params:
+        p.grad = torch.zeros_like(p)
+    player.optimizer.param_groups[0]["lr"] = 0.0
+    player.optimizer.step()  # moves nothing, and makes the state that these parameters have
+    player.optimizer.zero_grad()
+    own, scaler = player.optimizer.state_dict(), state["scaler"]
+    moments = state["optimizer"]["state"]
+    if not all(layout(moments[i]) == layout(own["state"][i]) and 0 <= moments[i].get("step", 0) for i in moments):
+        raise ValueError("the moments of an optimiser are not those of the model's adapters")
+    if layout(scaler) != layout(player.scaler.state_dict()) or not all(0 <= x < math.inf for x in scaler.values()):
+        raise ValueError(f"its loss scale is {scaler}")
+    if type(state["bad_steps"]) is not int or not 0 <= state["bad_steps"] < MAX_BAD_STEPS:
+        raise ValueError(f"its number of bad steps is {state['bad_steps']!r}")
+    player.load_state_dict(state | {"optimizer": own | {"state": moments}})  # the flags' betas, not the file's
+
+
 def load_run(run, device):
-    """The Players of a run (flags.Run) with its checkpoint's adapters, to sample from and to judge with."""
-    players = load_players(run.args, device)
+    """The Players of a run (flags.Run) with its last checkpoint's adapters, to sample from and to judge with."""
+    folder, players = latest(run.folder) or run.folder / "ckpt", load_players(run.args, device)
     try:
-        load_weights(run.folder / "ckpt", players)
+        load_weights(folder, players)
     except DAMAGE as error:
-        raise UserError(f"{run.folder}/ckpt cannot be used ({first_line(error)}): it is missing, cut short, or from "
-                        "another model or version") from None
+        raise UserError(f"{folder} cannot be used ({first_line(error)}): it is missing, cut short, or from another "
+                        "model or version") from None
     return players
-
-
-def resume_command(out_dir):
-    """The command that continues a run."""
-    script = "-m tools.sft" if sys.argv[0].endswith("sft.py") else pathlib.Path(sys.argv[0]).name  # or a copy's name
-    return f"python {script} --resume {shlex.quote(str(out_dir))}"
 
 
 # -----------------------------------------------------------------------------
@@ -265,22 +361,25 @@ def out_of_memory(error):
 
 
 def explain_failures(out_dir=None):
-    """Install a sys.excepthook that reports a lack of memory or disk in one line, with status 1 or 2."""
+    """Install a sys.excepthook that reports a lack of memory or disk in one line, with status 1 or 2.
+
+    out_dir: folder of the run that this process trains.
+    """
     def hook(kind, error, trace):
         full = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
-        resume = f"; the last checkpoint is intact: {resume_command(out_dir)}" if out_dir else ""
+        resume = f"; {standing(out_dir)}" if out_dir else ""
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone
             os._exit(128 + signal.SIGPIPE)
         if out_of_memory(error):
             status, advice = 1, ("try --micro_batch 1, --quant nf4, --grad_ckpt, or a smaller --batch_size, "
                                  f"--prefix_tokens, --reasoning_tokens or --completion_tokens{resume}")
             message = f"out of memory ({first_line(error)}); {advice}"
-            message += " --micro_batch 1" if out_dir else ""
-        elif isinstance(error, OSError) and error.errno in full and out_dir:
-            status, message = 2, f"--out_dir {out_dir}: {first_line(error)}; make room{resume}"
+            message += " --micro_batch 1" * ("--resume" in resume)
+        elif isinstance(error, OSError) and error.errno in full:
+            status, message = 2, f"{out_dir or 'a file'} cannot be written ({first_line(error)}); make room{resume}"
         else:
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        print("error: " + escaped(" ".join(message.split())), file=sys.stderr, flush=True)
         os._exit(status)  # at once: what is left in a file's buffer cannot be written either
     sys.excepthook = hook

@@ -3,9 +3,10 @@ Real texts, cut into windows of prefix and truth; prompts; and text as token ids
 
 What differs from the textbook:
 1. `windows[position]` is a pure function of seed and position, so a run can be resumed anywhere.
-2. The cut between prefix and truth moves back to the nearest white space, which belongs to neither side, so that the
-   cut does not give away which text is real.
+2. The cut between prefix and truth moves back to the nearest border of two words, so that it does not give away which
+   text is real; white space there belongs to neither side.
 3. Corpus text is tokenised by a copy of the tokenizer without special or added tokens.
+4. Held-out documents that share 13 words in a row with a train document are not used.
 """
 import csv
 import functools
@@ -14,13 +15,15 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
 import sys
+import unicodedata
 from typing import NamedTuple
 
-from flags import UserError
+from flags import UserError, escaped
 
 PILE = "hub:monology/pile-uncopyrighted"
 HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # repository, config, split
@@ -31,7 +34,15 @@ DOCUMENT = 20_000        # characters; a window of a longer document is cut from
 DOCUMENTS = re.compile(r"(?s).{10000,20000}(?:\n\n|\Z)|.{10000,20000}\s|.{1,20000}")  # in a .txt or .md file
 FEW = 2000               # documents; the lengths of more are estimated from a sample
 TRIES = 1000             # documents tried for one window
-CUT_BACK = 64            # characters that the cut moves back at most, for scripts without spaces
+CUT_BACK = 64            # characters that the cut moves back at most
+RUN = 13                 # words in a row that make two documents near-duplicates (GPT-3, arXiv 2005.14165, appendix C)
+RECENT = 512             # windows of a stream that are kept
+# scripts without spaces, in which each character is a word: Thai, Lao, Tibetan, Burmese, Khmer, Tai, kana, Han, Yi ...
+UNSPACED = ("\u0e01-\u0e3a\u0e40-\u109f\u1780-\u17da\u17dc-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fff"
+            "\u3001-\u312f\u3190-\ua4cf\ua980-\ua9ff\uaa60-\uaadf\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f"
+            "\U00016fe0-\U0001b2ff\U00020000-\U0003ffff")
+MARKS = "".join(c for c in map(chr, range(0xe00, 0xff00)) if unicodedata.category(c)[0] == "M")  # vowels, tones
+WORD = re.compile(rf"[{UNSPACED}][{MARKS}\u200b-\u200d\U000e0100-\U000e01ef]*|[^\s{UNSPACED}]+")
 
 # the write-up's prompt word for word (it has no <|im_end|> after a turn); the reply continues after <think>
 PROMPT = '''<|im_start|>system
@@ -170,6 +181,11 @@ def prompt_ids(tokenizer, encode, template, prefix):
 # -----------------------------------------------------------------------------
 # windows
 
+def words(text):
+    """The words of a text: as split by white space, and each character of a script without spaces."""
+    return WORD.findall(text) if re.search(f"[{UNSPACED}]", text) else text.split()  # split is four times as fast
+
+
 class Window(NamedTuple):
     prefix: str  # ends without white space
     sep: str     # the white space between the two; empty where there is none to cut at
@@ -180,7 +196,8 @@ def cut_window(encode, text, offsets, start, prefix_tokens, completion_tokens):
     """The window of `text` that begins at token `start`, or None where a side would be empty."""
     low, at = offsets[start][0], offsets[start + prefix_tokens][0]
     last = min(start + prefix_tokens + completion_tokens + 16, len(offsets)) - 1  # 16 spare: white space goes
-    cut = next((i for i in range(at, max(low, at - CUT_BACK) - 1, -1) if text[i].isspace()), at)
+    cut = next((i for i in range(at, max(low, at - CUT_BACK) - 1, -1)
+                if text[i].isspace() or len(WORD.findall(text, max(i - 1, 0), i + 1)) == 2), at)
     prefix, rest = text[low:cut].rstrip(), text[cut:offsets[last][1]].lstrip()
     sep = text[low + len(prefix):offsets[last][1] - len(rest)]
     truth, n = clip(encode, prefix + sep, rest, completion_tokens)
@@ -195,7 +212,7 @@ class Windows:
         self.args, self.encode, self.split = args, encode, split
         self.field, self.revision = get("text_field", "text"), get("data_revision")
         self.lengths = args.prefix_tokens, args.completion_tokens
-        self.need = sum(self.lengths)
+        self.need, self.unwritable = sum(self.lengths), 0
         batch_size = get("batch_size", 0) if split == "train" else 0
         self.total, self.warmup = batch_size * get("num_steps", 0), batch_size * get("d_warmup", 0)
         self.floor = min(get("floor_sequences", 0), self.total)
@@ -212,12 +229,19 @@ class Windows:
                 if window := cut_window(self.encode, text, offsets, place, *self.lengths):
                     return window
         except ValueError:
-            return None
+            self.unwritable += 1
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        """Only a stream has a place to go on from."""
 
     def too_short(self):
         p, c = self.lengths
+        lacks = f"; {self.unwritable} have characters that the tokenizer lacks" * (self.unwritable > 0)
         return UserError(f"--data {self.args.data} has no text longer than {self.need} tokens (--prefix_tokens {p} + "
-                         f"--completion_tokens {c}) in its {self.split} part; lower them, or give longer texts")
+                         f"--completion_tokens {c}) in its {self.split} part{lacks}; lower them, or give other texts")
 
 
 class Corpus(Windows):
@@ -227,7 +251,7 @@ class Corpus(Windows):
         super().__init__(args, encode, split)
         texts = read_documents(args.data, self.field)
         digest = hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
-        if split == "train" and self.revision not in (None, digest):
+        if self.revision not in (None, digest):
             raise UserError(f"--data {args.data} has changed since this run began; restore it, or start another run")
         part = [text for text in texts if held_out(text) == (split == "held_out")]
         self.texts = [text for text in part if len(text.encode()) > self.need]  # a token has at least one byte
@@ -235,6 +259,10 @@ class Corpus(Windows):
             self.texts = self.usable(self.texts)
         if not self.texts:
             raise self.too_short()
+        if split == "held_out":
+            count, self.texts = len(self.texts), novel(self.texts, [text for text in texts if not held_out(text)])
+            print(f"--data {args.data}: {count - len(self.texts)} of {count} held-out documents share {RUN} words in a "
+                  f"row with another and are left out; {len(self.texts)} remain", file=sys.stderr)
         self.revision, self.num_documents = digest, len(self.texts)
         self.facts = f"{len(texts):,} documents, {len(texts) - len(part):,} held out"
 
@@ -243,10 +271,12 @@ class Corpus(Windows):
 
     def summary(self):
         sample = random.Random(0).sample(self.texts, min(self.num_documents, 200))
-        num_usable = max(self.num_documents * len(self.usable(sample)) // len(sample), 1)
+        before, num_usable = self.unwritable, max(self.num_documents * len(self.usable(sample)) // len(sample), 1)
         about, epochs = "about " * (self.num_documents > FEW), (self.total + self.warmup) / num_usable
+        unwritable = before + self.num_documents * (self.unwritable - before) // len(sample)
+        lacks = f", {about}{unwritable:,} have characters that the tokenizer lacks" * (unwritable > 0)
         return (f"data {self.args.data}: {self.facts}; {about}{num_usable:,} of the others are longer than {self.need} "
-                f"tokens; the run needs {epochs:.2g} epochs")
+                f"tokens{lacks}; the run needs {epochs:.2g} epochs")
 
     @functools.lru_cache(4)
     def order(self, epoch):
@@ -268,32 +298,50 @@ class Stream(Windows):
 
     def __init__(self, args, encode, split):
         super().__init__(args, encode, split)
-        self.seen, self.reader = [], self.read()
-        self.seen.append(next(self.reader))  # fail early
+        self.load_state_dict({})
+        self.seen[0], self.count = next(self.reader), 1  # fail early
 
     def summary(self):
         return (f"data {self.args.data}: streamed, revision {self.revision}; the run needs "
                 f"{self.total + self.warmup:,} windows")
 
+    def state_dict(self):
+        """The place up to which the stream was read: a number of windows, an epoch, a number of its documents."""
+        return dict(count=self.count, epoch=self.epoch, number=self.number)
+
+    def load_state_dict(self, state):
+        """Go on from a place, {}: the beginning, without tokenising what is before it."""
+        self.count, self.epoch, self.number = (state.get(key, 0) for key in ("count", "epoch", "number"))
+        self.seen, self.reader = {}, self.read()
+
     def __getitem__(self, position):
         from tqdm import tqdm
         end = self.total + self.warmup
         index = (position + self.floor - self.total) % end if position < end else position
-        unread = range(len(self.seen), index + 1)
-        for _ in tqdm(unread, desc="reading the stream up to this step", disable=len(unread) < 256):
-            self.seen.append(next(self.reader))
+        if index < self.count and index not in self.seen:  # it was forgotten, or is before the place of a resume
+            self.load_state_dict({})
+        unread = range(self.count, index + 1)
+        for i in tqdm(unread, desc="reading the stream up to this step", disable=len(unread) < 256):
+            self.seen[i], self.count = next(self.reader), i + 1
+            if i - RECENT >= self.floor:  # the windows of the floor are needed again at the end of the run
+                self.seen.pop(i - RECENT, None)
         return self.seen[index]
 
     def read(self):
-        for epoch in itertools.count():
-            before = len(self.seen)
-            for number, text in enumerate(self.documents(epoch)):
+        from tqdm import tqdm
+        while True:
+            texts, start = enumerate(self.documents(self.epoch)), self.number
+            for _ in tqdm(range(start), desc="skipping documents that were read before", disable=start < 1000):
+                next(texts)
+            for number, text in texts:
                 if held_out(text) == (self.split == "held_out"):
-                    rng = random.Random(f"window {self.args.seed} {epoch} {number}")
+                    rng = random.Random(f"window {self.args.seed} {self.epoch} {number}")
                     if window := self.window_of(text, rng):
+                        self.number = number + 1
                         yield window
-            if len(self.seen) == before:
+            if self.number == 0:
                 raise self.too_short()
+            self.epoch, self.number = self.epoch + 1, 0
 
     def documents(self, epoch):
         """The texts of all shards, beginning with one that the seed chooses; nothing is kept on disk."""
@@ -305,10 +353,11 @@ class Stream(Windows):
             rows = datasets.load_dataset(repo, config, split=part or "train", streaming=True, revision=self.revision)
             for k in range(rows.num_shards):
                 for row in rows.shard(rows.num_shards, (self.args.seed + epoch + k) % rows.num_shards):
-                    if self.field not in row:
-                        raise UserError(f"--text_field {self.field} is none of {repo}'s fields: {', '.join(row)}")
-                    if isinstance(row[self.field], str):
-                        yield clean(row[self.field])
+                    text = row.get(self.field, 0)
+                    if not isinstance(text, str | None):
+                        raise UserError(f"--text_field {self.field} is no text in {repo}; its fields: {', '.join(row)}")
+                    if text is not None:
+                        yield clean(text)
         except Exception as error:  # datasets passes on whatever its http clients raise
             raise UserError(f"--data {self.args.data}: {repo} cannot be read ({str(error)[:300] or type(error)}); "
                             "give a local path, or demo") from None
@@ -320,6 +369,28 @@ def windows(args, encode, split="train"):
     return (Stream if streamed else Corpus)(args, encode, split)
 
 
+def novel(texts, others):
+    """Those texts that share no RUN words in a row with one of `others`, nor with a text before them."""
+    import numpy as np
+    from tqdm import tqdm
+    factors, mask = np.random.default_rng(0).integers(2 ** 63, size=RUN), 2 ** 27 - 1  # (RUN,)
+
+    def runs(text):  # a number for each run; different runs have equal numbers with a probability of 2^-63
+        numbers = np.fromiter(map(hash, words(text)), np.int64)
+        return np.convolve(numbers, factors, "valid") if len(numbers) >= RUN else numbers[:0]
+
+    ours, known, found = {run for text in texts for run in runs(text).tolist()}, set(), []
+    maybe = np.zeros(mask + 1, bool)  # a table that rules out most runs faster than the set
+    maybe[np.fromiter(ours, np.int64) & mask] = True
+    for text in tqdm(others, desc="looking for near-duplicates of held-out documents", delay=5):
+        known.update(ours.intersection((run := runs(text))[maybe[run & mask]].tolist()))
+    for text in texts:
+        if known.isdisjoint(run := runs(text).tolist()):
+            found.append(text)
+        known.update(run)
+    return found
+
+
 def held_out(text):
     """True for 2 % of all documents, by a hash of their text: kept for evaluation, whatever the seed."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") % 50 == 0
@@ -328,11 +399,24 @@ def held_out(text):
 # -----------------------------------------------------------------------------
 # files
 
+def tree(path, seen):
+    """All files below a path. Links are followed, each folder is read once, names that begin with a dot are skipped."""
+    if not path.is_dir():
+        yield path
+    elif (real := os.path.realpath(path)) not in seen:
+        seen.add(real)
+        for inner in sorted(path.iterdir()):
+            yield from tree(inner, seen) if inner.name[0] != "." else ()
+
+
 def data_files(source):
-    """The files of a path, in the order of their names. glob follows links and skips names that begin with a dot."""
-    path = pathlib.Path(source)
-    found = map(path.joinpath, sorted(glob.glob("**", root_dir=path, recursive=True)) if path.is_dir() else [""])
-    files = {file.resolve(): file for file in found if file.name.endswith(SUFFIXES) and not NO_DATA.match(file.name)}
+    """The files of a path, in the order of their names."""
+    try:
+        found = sorted(tree(pathlib.Path(source), set()), key=str)
+    except OSError as error:
+        raise UserError(f"--data {source} cannot be read: {error}") from None
+    files = {os.path.realpath(file): file for file in found
+             if file.name.lower().endswith(SUFFIXES) and not NO_DATA.match(file.name)}
     if not files:
         raise UserError(f"--data {source} is not pile, demo, hub:user/name[/config][:split], nor a file or folder of "
                         f"{', '.join(SUFFIXES)}")
@@ -348,32 +432,36 @@ def read_documents(source, field="text"):
     rows = ((file, number, row) for file in data_files(source) for number, row in enumerate(records(file), 1))
     for file, number, row in itertools.islice(rows, MAX_DOCUMENTS):
         text = row.get(field) if isinstance(row, dict) else row
-        if isinstance(text, str):
+        if isinstance(text, str) and text.count("\0") <= len(text) / 100:
             texts.append(clean(text))
         else:
-            bad.append(f"{file}, record {number}: {'not JSON' if row is None else str(row)[:80]}")
+            what = "damaged" if row is None or isinstance(text, str) else str(row)[:80]
+            bad.append(f"{file}, record {number}: {what}")
     count = len(texts) + len(bad)
     note = f"{len(bad)} of {count} records of --data {source} have no --text_field {field}"
     if len(bad) > 0.01 * count:
         raise UserError(f"{note}; the first is {bad[0]}")
     if bad:
-        print(f"{note} and are left out; the first is {bad[0]}", file=sys.stderr)
+        print(escaped(f"{note} and are left out; the first is {bad[0]}"), file=sys.stderr)
     if count == MAX_DOCUMENTS:
         print(f"--data {source}: only its first {MAX_DOCUMENTS:,} records are used", file=sys.stderr)
     return texts
 
 
 def records(file):
-    """Yield the records of one file: texts, or dicts with a field for it, or None for a line that is not JSON."""
-    kind = file.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    """Yield the records of one file: texts, dicts with a field for it, or None for a damaged one."""
+    kind = file.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     try:
         if kind == "jsonl":
             import pyarrow  # it raises OSError where a compressed file is cut short
-            with io.BufferedReader(pyarrow.input_stream(str(file), compression="detect")) as lines:
+            compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
+            with io.BufferedReader(pyarrow.input_stream(str(file), compression)) as lines:
                 for line in filter(bytes.strip, lines):
                     try:
-                        yield json.loads(line.decode("utf-8-sig", "replace"))
+                        yield json.loads(line.decode("utf-8-sig"))
                     except (ValueError, RecursionError):
+                        if not line.endswith(b"\n"):
+                            raise ValueError("its last line is cut off") from None
                         yield None
         elif kind in ("parquet", "arrow"):
             import datasets
@@ -381,10 +469,11 @@ def records(file):
             yield from datasets.load_dataset(kind, data_files=glob.escape(str(file)), split="train", streaming=True)
         elif kind == "csv":
             csv.field_size_limit(2 ** 31 - 1)
-            with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
-                yield from csv.DictReader(lines, strict=True)
+            with open(file, newline="", encoding="utf-8-sig") as lines:
+                for row in csv.DictReader(lines, strict=True):  # None: too many fields, or too few
+                    yield None if None in row or None in row.values() else row
         else:
-            text = file.read_text(encoding="utf-8-sig", errors="replace")
+            text = file.read_text(encoding="utf-8-sig")
             rows = json.loads(text) if kind == "json" else DOCUMENTS.findall(text)
             yield from rows if isinstance(rows, list) else [rows]
     except (OSError, ValueError, RecursionError, NotImplementedError, csv.Error) as error:

@@ -12,41 +12,53 @@ Writes result.json (the main numbers) and mauve.json (everything) into the run's
 What differs from the textbook:
 1. Floor, result and ceiling use the same prefixes and the same number of texts, because MAUVE reads high on few texts.
 2. Each has a standard deviation over k-means seeds and a 95 % interval for MAUVE at this number of texts.
-3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "no clear difference".
+3. Two runs are compared in pairs, prefix by prefix: "higher", "lower", or "no clear difference". Below 50 texts there
+   is no interval and no verdict.
 """
 import json
 import math
 import statistics
 
-from flags import Parser, Run, UserError, check_device, json_lines, read_lines, write_whole
-from measures import (audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired, reliability,
-                      repetition, self_bleu)
+from flags import (Parser, Run, UserError, check_device, export_command, json_lines, read_lines, resume_command,
+                   write_whole)
+from measures import (ENOUGH, audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired,
+                      reliability, repetition, self_bleu)
 
 WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, with mauve-text's default seed
 LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last {num_last2000} (the write-up)",
           "fresh": "fresh: held-out prefixes", "fresh_ceiling": "ceiling of fresh"}
 PAIRED = "{verdict}, {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
+FEW_PAIRS = f"{{difference:+.3f}}, no verdict: {{num_sequences}} pairs, and {ENOUGH} are needed"
 
 
 def read_run(folder):
     run = Run(folder)
+    if len(run.rollouts) < 4 and vars(run.args).get("traces"):  # a run of tools.sft
+        raise UserError(f"{folder} is fine-tuned on traces and has no samples to measure; for some, make a model of it "
+                        f"with: {export_command(folder)}, and start a run with: python train.py --model DIR")
     if len(run.rollouts) < 4:
-        raise UserError(f"{folder} has {len(run.rollouts)} sequences, and MAUVE needs 4; if it is a run of train.py, "
-                        f"continue it with: python train.py --resume {folder}")
+        raise UserError(f"{folder} has {len(run.rollouts)} sequences, and MAUVE needs 4{status(run)}")
     return run
+
+
+def status(run):
+    """How far an unfinished run has come and how to continue it, after a semicolon; "" for a finished run."""
+    k, n = len(run.metrics), run.args.num_steps
+    return f"; {k} of {n} steps, continue with: {resume_command(run.folder)}" if k < n else ""
 
 
 def column(records, key):
     return [record[key] for record in records]
 
 
-def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
+def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=None):
     """Measure a run from the files it left, print a table, write mauve.json and result.json, return the result.
 
-    curve: sequences per window of MAUVE over the run (0: about ten windows).
+    curve: sequences per window of MAUVE over the run (0: about ten windows; None: as last time).
     """
     run = read_run(folder)
+    curve = last_curve(run.folder) if curve is None else curve
     n = min(max(len(run.floor), 4) if run.floor else WINDOW, len(run.rollouts))
     last, before, window, floor = run.rollouts[-n:], run.rollouts[:-n][-n:], run.rollouts[-WINDOW:], run.floor[-n:]
     fresh = [row for row in read_lines(run.folder / "fresh.jsonl") if row.get("step") == last[-1]["step"]]  # no older
@@ -54,7 +66,8 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
     # the ceiling compares the truth with as many other real texts; in a run too short for that, its two halves
     truth, half = column(last, "truth"), n // 2
     compared = {"mauve": (truth, column(last, "completion")), "floor": (truth, column(floor, "completion")),
-                "ceiling": (truth, column(before, "truth")) if len(before) == n else (truth[:half], truth[half:]),
+                "ceiling": ((truth, column(before, "truth")) if len(before) == n else
+                            (truth[:half], truth[half:2 * half])),
                 "mauve_last2000": (column(window, "truth"), column(window, "completion")),
                 "fresh": (column(fresh, "truth"), column(fresh, "completion")),
                 "fresh_ceiling": (column(fresh, "truth"), column(fresh, "other_truth"))}
@@ -72,22 +85,32 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=0):
         kl=statistics.fmean(kl) if kl else None,
         num_empty={"truth": truth.count(""), **{name: texts[1].count("") for name, texts in compared.items()}})
     if floor and column(floor, "prefix") == column(last, "prefix"):
-        result["against_floor"] = compare(featurize, last, floor)
+        result["against_floor"] = compare(featurize, last, floor, seeds)
     elif floor:
-        print(f"{folder} is not finished: its floor has other prefixes than its last {n} sequences")
+        print(f"{folder}: its floor has other prefixes than its last {n} sequences{status(run)}")
     texts = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
     texts = {name: describe(model, tokenizer, *which, device) for name, which in texts.items() if any(column(*which))}
     report = result | dict(ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, texts=texts,
                            curve=over_the_run(run.rollouts, curve, seeds, featurize))
+    if curve:
+        report["curve_size"] = curve
     verdicts = [row for row in run.verdicts if row["step"] >= last[0]["step"]]
     for kind in ("all texts", "generated") if verdicts else ():  # --disc reason; generated texts make the reward
         rows = [row for row in verdicts if kind in ("all texts", row["text"])]
         report.setdefault("reliability", {})[kind] = reliability(
             column(rows, "d_value"), [row["verdict"] == row["text"] for row in rows])
-    print_report(folder, report)  # before writing: a full disk must not cost the numbers
+    print_report(run, report)  # before writing: a full disk must not cost the numbers
     write_whole(run.folder / "mauve.json", json.dumps(report, indent=2) + "\n")
     write_whole(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def last_curve(folder):
+    """The --curve behind a folder's mauve.json; 0 where that file is missing or damaged, since it is written anew."""
+    try:
+        return max(int(json.loads((folder / "mauve.json").read_bytes())["curve_size"]), 0)
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def over_the_run(rollouts, size, seeds, featurize):
@@ -135,16 +158,17 @@ def perplexity(model, texts, device, batch_size=32):
     return math.exp(-statistics.fmean(logps))
 
 
-def print_report(folder, report):
+def print_report(run, report):
     scores, n = report["scores"], report["num_sequences"]
-    print(f"\nMAUVE of {folder}: {n} sequences, {scores['mauve']['num_buckets']} buckets, featurizer "
-          f"{report['featurizer']}, {report['num_seeds']} seeds{'; few texts read high and noisy' * (n < 500)}")
+    print(f"\nMAUVE of {run.folder}: {n} sequences, {scores['mauve']['num_buckets']} buckets, featurizer "
+          f"{report['featurizer']}, {report['num_seeds']} seeds{'; few texts read high and noisy' * (n < 500)}"
+          f"{status(run)}")
     lines = [(label.format(**report), scores[name]) for name, label in LABELS.items() if name in scores]
     for label, score in lines + [(f"step {point['step']}", point) for point in report["curve"]]:
-        low, high = score["interval"]
-        print(f"  {label:28s}{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   95 % {low:.3f} to {high:.3f}")
+        spread = "95 % {:.3f} to {:.3f}".format(*score["interval"]) if score["interval"] else "too few for an interval"
+        print(f"  {label:28s}{score['mauve']:.3f} +- {score['mauve_sd']:.3f}   {spread}")
     if "against_floor" in report:
-        print("  end against floor           " + PAIRED.format(**report["against_floor"]))
+        print("  end against floor           " + in_words(report["against_floor"]))
     if any(report["num_empty"].values()):
         print(f"  empty: {', '.join(f'{count} of {name}' for name, count in report['num_empty'].items() if count)}")
     if report["kl"] is not None:
@@ -184,21 +208,36 @@ def sample_fresh(run, num_sequences, generator):
     write_whole(run.folder / "fresh.jsonl", json_lines(records))
 
 
-def compare(featurize, one, other):
+def compare(featurize, one, other, seeds):
     """The completions of one list of records against those of another, for the same prefixes: see `paired`."""
-    return paired(*map(featurize, (column(one, "truth"), column(one, "completion"), column(other, "completion"))))
+    texts = column(one, "truth"), column(one, "completion"), column(other, "completion")
+    return paired(*map(featurize, texts), range(seeds))
 
 
-def compare_runs(runs, featurize):
+def in_words(found):
+    """A comparison, as `paired` returns it, in a line."""
+    return (PAIRED if found["interval"] else FEW_PAIRS).format(**found)
+
+
+def compare_runs(runs, featurize, seeds):
     """Print how the end of the first run compares with the end of each other run, on the prefixes they share."""
     ends = [{record["prefix"]: record for record in run.rollouts[-(len(run.floor) or WINDOW):]} for run in runs]
     for run, end in zip(runs[1:], ends[1:]):
-        common = [prefix for prefix in ends[0] if prefix in end]
+        both, common = (runs[0], run), [prefix for prefix in ends[0] if prefix in end]
         if len(common) < 4:
-            raise UserError(f"{runs[0].folder} and {run.folder} end on {len(common)} common prefixes, and 4 are needed;"
-                            " compare finished runs with equal --data, --seed, --num_steps, --batch_size and lengths")
-        comparison = compare(featurize, *([each[prefix] for prefix in common] for each in (ends[0], end)))
-        print(f"\n{runs[0].folder} against {run.folder}: {PAIRED.format(**comparison)}")
+            raise UserError(f"{runs[0].folder} and {run.folder} end on {len(common)} common prefixes, and 4 are needed"
+                            + (differences(*both) or "".join(map(status, both)) or "; their texts have changed"))
+        found = compare(featurize, *([each[prefix] for prefix in common] for each in (ends[0], end)), seeds)
+        print(f"\n{runs[0].folder} against {run.folder}{''.join(map(status, both))}\n"
+              f"  {found['scores'][0]:.3f} against {found['scores'][1]:.3f}: {in_words(found)}")
+
+
+def differences(one, other):
+    """The flags that choose the prefixes a run ends on, where two runs differ in them, after a semicolon; or ""."""
+    names = "data data_revision text_field model seed prefix_tokens completion_tokens floor_sequences".split()
+    found = [[*map(vars(run.args).get, names), run.args.batch_size * run.args.num_steps] for run in (one, other)]
+    words = [f"{name} ({a} and {b})" for name, a, b in zip([*names, "batch_size x num_steps"], *found) if a != b]
+    return "; the runs differ in " + ", ".join(words) if words else ""
 
 
 if __name__ == "__main__":
@@ -206,7 +245,8 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("runs", nargs="+", metavar="run", help="folder of a run, out/NAME; others are compared with the first")
     add("--fresh", type=int, default=0, help="sequences to sample on held-out prefixes (0: none)")
-    add("--curve", type=int, default=0, help="sequences per window of MAUVE over the run (0: ten windows)")
+    add("--curve", type=int, default=None,
+        help="sequences per window of MAUVE over the run (0: ten windows; default: as last time, at first 0)")
     add("--featurizer", default=None, help="id of the model that embeds texts, or base (default: as in the run)")
     add("--seeds", type=int, default=None, help="k-means seeds of MAUVE (default: as in the run)")
     add("--device", default=None, help="cuda, cuda:1, cpu, ... (default: as in the run)")
@@ -232,6 +272,6 @@ if __name__ == "__main__":
     else:
         model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
     if len(runs) > 1:
-        compare_runs(runs, featurizer(name, model, tokenizer, device))
+        compare_runs(runs, featurizer(name, model, tokenizer, device), seeds)
     else:
         evaluate(run.folder, name, seeds, model, tokenizer, device, flags.curve)

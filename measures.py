@@ -1,19 +1,17 @@
 """
 Measures of texts: MAUVE with intervals, features for it, diversity, a shortcut audit, calibration.
 
-MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) with c = 5 and one cluster per ten texts. The package mauve-text
-finds the clusters. What differs from it:
-1. The score is computed from the clusters' histograms, to the same value.
-2. It has a 95 % interval by bootstrap over texts, and two sets of texts can be compared in pairs.
+MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) with c = 5 and one cluster per ten texts, to the value that the
+package mauve-text gives. What differs from it:
+1. It has a standard error, by leaving out one text at a time, and a 95 % interval for MAUVE at this number of texts.
+2. Two sets of texts for the same prefixes are compared: the difference of their scores, its interval and a verdict.
 3. Any model can make the features, in batches; for gpt2 and bert names they equal the package's.
 4. An empty text is a row of zeros, far from all others. The package drops it, so a silent model would score high.
 
-Letters: B or N texts, T tokens, H features, S seeds, K clusters, W mixture weights.
+Letters: B or N texts, T tokens, H features, D principal ones, S seeds, K clusters, W mixture weights.
 """
 import collections
-import contextlib
 import difflib
-import os
 import random
 import statistics
 
@@ -21,27 +19,84 @@ import numpy as np
 
 from flags import UserError, first_line
 
+ENOUGH = 50  # texts that an interval needs
+
 
 def mauve_of(truth, generated, seeds):
-    """MAUVE of two feature matrices (N, H), as a dict: mauve, the mean over k-means seeds, and mauve_sd; interval, 95 %
-    by `bootstrap`; num_buckets, the number of clusters; per_seed.
+    """MAUVE of two feature matrices (N, H), as a dict: mauve, the mean over k-means seeds, and mauve_sd; interval, see
+    `interval_of`; num_buckets, the number of clusters; per_seed.
     """
-    sizes = len(truth), len(generated)
-    hists = np.stack([histograms(truth, generated, seed) for seed in seeds], axis=1)  # (2, S, K)
-    scores = histogram_mauve(*hists)  # (S,)
-    moved = [bootstrap(p, q, *sizes) for p, q in zip(*hists)]  # S of (num_draws,)
-    return {"mauve": float(scores.mean()), "mauve_sd": float(scores.std()),
-            "interval": (scores.mean() + np.quantile(moved, (0.025, 0.975))).clip(0, 1).tolist(),
-            "num_buckets": hists.shape[2], "per_seed": scores.tolist()}
+    labels = clusters(truth, generated, seeds)  # (S, 2, N)
+    scores, without = jackknife(labels)  # (S,), (N,)
+    return {"mauve": float(scores.mean()), "mauve_sd": float(scores.std()), "interval": interval_of(scores, without),
+            "num_buckets": int(labels.max()) + 1, "per_seed": scores.tolist()}
 
 
-def histograms(truth, generated, seed):
-    """Share of each of K clusters in two feature matrices (N, H), clustered together: (K,) each."""
-    from mauve import compute_mauve
+def paired(truth, one, other, seeds):
+    """MAUVE of `one` minus MAUVE of `other`: three matrices (N, H) whose i-th rows belong to one prefix."""
+    return difference(*(jackknife(clusters(truth, part, seeds)) for part in (one, other)))
+
+
+def jackknife(labels):
+    """MAUVE for each seed (S,), and its mean over the seeds without the i-th texts, clusters kept (N,)."""
+    S, _, N = labels.shape
+    one_hot, scores, without = np.eye(labels.max() + 1), np.zeros(S), np.zeros(N)  # (K, K), (S,), (N,)
+    for s, pair in enumerate(labels):
+        sides = [one_hot[part] for part in pair]  # (N, K) each
+        scores[s] = histogram_mauve(*(side.mean(0) for side in sides))
+        without += histogram_mauve(*((side.sum(0) - side) / max(N - 1, 1) for side in sides)) / S
+    return scores, without
+
+
+def standard_error(scores, without):
+    """Standard error of the mean of `scores`: from texts, by the jackknife, and from k-means, unknown for one seed."""
+    S, N = len(scores), len(without)
+    return ((N - 1) * without.var() + (scores.var(ddof=1) / S if S > 1 else 0)) ** 0.5
+
+
+def interval_of(scores, without):
+    """95 % interval of the mean MAUVE over new samples of N texts; None below `ENOUGH` texts. It is symmetric on the
+    logit scale; docs/intervals.md has its coverage.
+    """
+    from scipy.special import expit, logit
+    score = scores.mean().clip(1e-9, 1 - 1e-9)
+    half = 1.96 * standard_error(scores, without) / (score * (1 - score))
+    return expit(logit(score) + [-half, half]).tolist() if len(without) >= ENOUGH else None
+
+
+def difference(one, other):
+    """Difference of two MAUVE, each as from `jackknife`: a dict of scores, of the two; difference; interval, 95 %;
+    verdict, "higher", "lower", or "no clear difference" where the interval contains 0; num_sequences. Interval and
+    verdict are None below `ENOUGH` prefixes.
+    """
+    scores, without = (a - b for a, b in zip(one, other))  # (S,), (N,)
+    found = {"scores": [float(one[0].mean()), float(other[0].mean())], "difference": float(scores.mean()),
+             "interval": None, "verdict": None, "num_sequences": len(without)}
+    if len(without) >= ENOUGH:
+        half = float(1.96 * standard_error(scores, without))
+        low, high = found["interval"] = [found["difference"] - half, found["difference"] + half]
+        found["verdict"] = "higher" if low > 0 else "lower" if high < 0 else "no clear difference"
+    return found
+
+
+def clusters(truth, generated, seeds):
+    """The cluster of every text for each k-means seed (S, 2, N), as mauve-text finds it: one cluster per ten texts."""
+    import faiss
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import normalize
     from threadpoolctl import threadpool_limits
-    with quiet(), threadpool_limits(1):  # on busy cores more threads are 10 to 100 times slower
-        found = compute_mauve(p_features=truth, q_features=generated, seed=seed)
-    return found.p_hist, found.q_hist  # (K,) each
+    labels = []
+    with threadpool_limits(1):  # on busy cores more threads are 10 to 100 times slower
+        data = normalize(np.vstack([generated, truth]))  # (2 N, H)
+        pca = PCA().fit(data)
+        D = int(np.argmax(pca.explained_variance_ratio_.cumsum() >= 0.9)) + 1
+        data = pca.transform(data)[:, :D].astype(np.float32)  # (2 N, D)
+        for seed in seeds:
+            kmeans = faiss.Kmeans(D, max(2, round(len(truth) / 10)), niter=500, nredo=5, update_index=True,
+                                  seed=seed + 2, min_points_per_centroid=1)  # 1: no warnings
+            kmeans.train(data)
+            labels.append(kmeans.index.search(data, 1)[1].reshape(2, -1)[::-1])  # (2, N)
+    return np.stack(labels)  # (S, 2, N)
 
 
 def histogram_mauve(p, q, c=5.0, num_points=25):
@@ -60,47 +115,6 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
     x, y = (np.pad(side, ends, constant_values=edges) for side, edges in
             ((curve(q), (1, 0)), (curve(p), (0, 1))))  # (..., W + 2) each: x falls, y rises
     return 0.5 * (np.trapezoid(x, y) - np.trapezoid(y, x))  # (...)
-
-
-def bootstrap(p_hist, q_hist, num_p, num_q, num_draws=400):
-    """How far MAUVE moves when texts are drawn with replacement and the clusters stay: deviations (num_draws,) from
-    their mean, since the noise of drawing lowers MAUVE. The interval is for MAUVE at this number of texts, not at
-    infinitely many.
-    """
-    rng = np.random.default_rng(0)
-    draws = [rng.multinomial(n, hist / hist.sum(), num_draws) / n for hist, n in ((p_hist, num_p), (q_hist, num_q))]
-    scores = histogram_mauve(*draws)  # (num_draws,)
-    return scores - scores.mean()  # (num_draws,)
-
-
-def paired(truth, one, other, num_draws=60):
-    """MAUVE of `one` minus MAUVE of `other`: three matrices (N, H) whose i-th rows belong to one prefix.
-
-    Returns a dict: difference; interval, 95 % by bootstrap over prefixes, each draw with another k-means seed; verdict:
-    "higher", "lower", or "no clear difference" where the interval contains 0; num_sequences.
-    """
-    rng, N = np.random.default_rng(0), len(truth)
-
-    def difference(rows, seed):
-        a, b = (histogram_mauve(*histograms(truth[rows], part[rows], seed)) for part in (one, other))
-        return float(a - b)
-
-    middle = statistics.fmean(difference(np.arange(N), seed) for seed in range(5))
-    draws = np.array([difference(rng.integers(0, N, N), seed) for seed in range(num_draws)])  # (num_draws,)
-    low, high = (middle + np.quantile(draws - draws.mean(), (0.025, 0.975))).tolist()
-    return {"difference": middle, "interval": [low, high], "num_sequences": N,
-            "verdict": "higher" if low > 0 else "lower" if high < 0 else "no clear difference"}
-
-
-@contextlib.contextmanager
-def quiet():
-    """Silence standard error, where faiss asks for more texts per cluster than MAUVE ever has."""
-    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(2), "w") as kept:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept.fileno(), 2)
 
 
 # -----------------------------------------------------------------------------

@@ -54,8 +54,11 @@ CHUNK_ROWS = 512       # maximum rows per chunk; more are slower on a CPU with a
 PROBE = "The first of three bridges was built in 1861, of stone; the others are younger, and made of iron and steel."
 
 
-def checked_device(name):
-    """The torch device of a --device flag: cpu, or a cuda that is there."""
+def checked_device(name, deterministic=False):
+    """The torch device of a --device flag: cpu, or a cuda that is there. deterministic: as --deterministic says."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts
+        torch.use_deterministic_algorithms(True)
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there is no such GPU here; python train.py --preset demo needs none")

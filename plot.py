@@ -12,7 +12,7 @@ import math
 import pathlib
 import statistics
 
-from flags import Parser, Run, UserError, escaped
+from flags import KINDS, Parser, Run, UserError, escaped, resume_command
 
 FREE, SHARE, POSITIVE = (None, None), (-0.03, 1.03), (0, None)  # ranges of an axis; None: as far as the data go
 PANELS = [  # title, metrics, range; all other metrics follow these
@@ -43,8 +43,7 @@ THEMES = {"light": ("#ffffff", "#1f2328", "#d1d9e0"), "dark": ("#151b23", "#e6ed
 SMOOTH = 100  # steps from which the strong line is the mean over a 50th of the run, and the single steps are faint
 
 
-def finite(x):
-    return isinstance(x, (int, float)) and math.isfinite(x)
+finite = KINDS["number"]
 
 
 def panels_of(runs):
@@ -117,7 +116,8 @@ def plot_runs(runs, file, panels=None, theme="light"):
     if suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {file}: must end in .png, .svg or .pdf, not in {suffix}")
     if empty := [run.folder for run in runs if not run.metrics]:
-        raise UserError(f"{empty[0]} has no step in its metrics.jsonl yet; draw it after its first step")
+        raise UserError(f"{empty[0]} has no step in its metrics.jsonl yet; draw it after its first step; if it was "
+                        f"stopped before that, continue with: {resume_command(empty[0])}")
     try:
         import matplotlib.figure
     except ImportError:
@@ -127,6 +127,7 @@ def plot_runs(runs, file, panels=None, theme="light"):
     if len(runs) > len(COLOURS):  # shades, dark to light in the order given
         colours = matplotlib.colormaps["viridis"]([0.9 * i / (len(runs) - 1) for i in range(len(runs))])
     names = [run.name if len({r.name for r in runs}) == len(runs) else escaped(str(run.folder)) for run in runs]
+    names = [name + run.unfinished() for name, run in zip(names, runs)]
     named, panels = panels is None or len(runs) > 1, panels or panels_of(runs)  # report.html names its run
     rows, columns = math.ceil(len(panels) / 4), min(len(panels), 4)
     paper, ink, lines = THEMES[theme]
@@ -153,7 +154,7 @@ def plot_runs(runs, file, panels=None, theme="light"):
         try:
             figure.savefig(file, dpi=110 if len(panels) > 1 else 170, format=suffix[1:])
         except OSError as error:
-            raise UserError(f"{file} cannot be written ({error}); name another file with --out") from None
+            raise UserError(f"{file} cannot be written ({error}); make room, or give plot.py another --out") from None
     return file
 
 

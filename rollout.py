@@ -48,7 +48,8 @@ def rules(tokenizer, model):
     V = min(-(-(max(ids.values()) + 1) // 64) * 64, rows)  # Qwen3's 151,669 would be slow on a GPU; the rest is blocked
     blocked = torch.ones(2, V, dtype=torch.bool)  # (2, V)
     blocked[:, [i for i in ids.values() if i < V]] = False
-    for kind, forbidden in ((THINKING, stop | {think}), (COMPLETION, {think, think_end})):
+    unknown = {tokenizer.unk_token_id} - {None} - stop  # a text with it could not be read again
+    for kind, forbidden in ((THINKING, stop | {think} | unknown), (COMPLETION, {think, think_end} | unknown)):
         blocked[kind, [i for i in forbidden if 0 <= i < V]] = True
     closing = [think_end] if think_end >= 0 else tokenizer("</think>", add_special_tokens=False).input_ids
     closing = closing + tokenizer("\n\n", add_special_tokens=False).input_ids
@@ -257,7 +258,8 @@ def draw(logits, uniform):
     if uniform is None:
         drawn = logits.argmax(-1, keepdim=True)                 # (B, 1)
     else:
-        mass = p.cumsum(-1, dtype=torch.double)                 # (B, V) in fp32 a tail of small ones would be lost
+        where = "cpu" if torch.are_deterministic_algorithms_enabled() else p.device  # CUDA's cumsum is not
+        mass = p.double().to(where).cumsum(-1).to(p.device)     # (B, V) in fp32 a tail of small ones would be lost
         drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
         drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) in case rounding makes the product the total
     return drawn[:, 0], p.gather(1, drawn).log()[:, 0]  # (B,) each
@@ -306,7 +308,7 @@ def strip_echo(reply, prefix, max_words):
 # -----------------------------------------------------------------------------
 # a check of the model before the run
 
-def probe(writer, player, judge, windows):
+def probe(writer, player, windows, judge=None):
     """Refuse a model that the run would misread: sample, score, train and judge three sequences as the run will do it.
 
     Their lengths differ, the longest is as long as any of the run's, and the adapter has visible weights. Nothing stays.
@@ -322,10 +324,11 @@ def probe(writer, player, judge, windows):
         for p in params:
             p.data += 0.03 * torch.randn(p.shape, generator=rng).to(p.device)
         gaps, (share, names) = log_prob_gaps(writer.sampler, player, writer.rules, prompts, args), untrained(player.model)
-        judge.player.activate()
-        judged = judge.score(windows, [window.truth for window in windows[1:] + windows[:1]], 0)
-        for rows in micro_batches(judged.shown, args.micro_batch):
-            judge.loss(judged, rows)[0].backward()
+        if judge:
+            judge.player.activate()
+            judged = judge.score(windows, [window.truth for window in windows[1:] + windows[:1]], 0)
+            for rows in micro_batches(judged.shown, args.micro_batch):
+                judge.loss(judged, rows)[0].backward()
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -333,8 +336,8 @@ def probe(writer, player, judge, windows):
     finally:
         for p, old in zip(params, kept):
             p.data.copy_(old)
-        for p in (*player.model.parameters(), *judge.player.model.parameters(), *judge.parameters()):
-            p.grad = None
+        for part in (player.model, *((judge, judge.player.model) if judge else ())):
+            part.zero_grad(set_to_none=True)
         writer.sampler.release()
     if share > 0.01:
         print(f"--model {args.model}: {share:.0%} of the weights are not trained: {', '.join(names)}", flush=True)

@@ -79,7 +79,7 @@ if __name__ == "__main__":
     from data import Window, clean, prompt_template
     from discriminator import make_judge
     from model import DAMAGE, DTYPES, checked_device, load_players
-    from rollout import Writer
+    from rollout import Writer, probe
     from sampler import Sampler
 
     explain_failures()
@@ -102,6 +102,8 @@ if __name__ == "__main__":
         prefix = clean(text.rstrip())
         sep = text[len(prefix):] or " "
         generator.check_length(len(writer.prompt_ids(prefix)) + writer.max_reply)
+        if not asked and not is_run:  # a run has been checked already
+            probe(writer, generator, [Window(prefix, sep, prefix)] * 3)
         written = {}  # name of a player to its samples and, with --best_of, their p_real
         for name, adapter in players.items():
             windows = [Window(prefix, sep, "")] * flags.num * flags.best_of

@@ -204,7 +204,8 @@ class Sampler:
         if wanted and not self.static:
             print("sampling with a growing cache: this model has no static one")
         outliers = any(getattr(getattr(m, "state", None), "threshold", 0) for m in self.model.modules())  # LLM.int8()
-        self.captures = self.static and self.model.device.type == "cuda" and not outliers
+        self.captures = (self.static and self.model.device.type == "cuda" and not outliers
+                         and not torch.are_deterministic_algorithms_enabled())
         self.caches = {}
 
     @torch.no_grad()

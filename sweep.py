@@ -23,6 +23,7 @@ import itertools
 import math
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -114,15 +115,28 @@ def read_factors(specs):
 
 
 def read_table(path, factors):
-    """The rows of a .csv that has a column per factor and one named mauve, as rows of a Sweep."""
+    """The rows of a .csv that has a column per factor and one named mauve; those without a mauve are left out."""
+    rows, ids, lines, names = [], set(), None, ["mauve", *(f.name for f in factors)]
     try:
-        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True)
-        rows = [{name: float(line[name]) for name in ("mauve", *(f.name for f in factors))}
-                for line in lines if line["mauve"]]
-        if not all(math.isfinite(f.coded(row[f.name]) + row["mauve"]) for row in rows for f in factors):
-            raise ValueError("a number is nan or infinite")
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"--results {path}: {error}; must be a .csv with a header and finite numbers in a column per "
+        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True, strict=True)
+        for name in names:
+            if (count := (lines.fieldnames or []).count(name)) != 1:
+                raise ValueError(f"it has {count} columns {name}")
+        for line in lines:
+            if None in line or None in line.values():
+                raise ValueError("this row has more or fewer cells than the header")
+            if line.get("id") in ids:
+                raise ValueError(f"the id {line['id']} is there twice")
+            ids |= {line.get("id")} - {None, ""}
+            if line["mauve"].strip():
+                rows.append({name: float(line[name]) for name in names})
+                if not all(math.isfinite(f.coded(rows[-1][f.name]) + rows[-1]["mauve"]) for f in factors):
+                    raise ValueError("a number is nan or infinite")
+        if not rows:
+            raise ValueError("no row has a mauve")
+    except (OSError, ValueError, ArithmeticError, csv.Error) as error:
+        where = f"{path}, line {lines.line_num}" if lines and lines.line_num > 1 else path
+        raise UserError(f"--results {where}: {error}; must be a .csv with a header and finite numbers in a column per "
                         "factor, above 0 on a log scale, and one named mauve") from None
     return rows
 
@@ -131,7 +145,13 @@ def result_of(folder):
     """What a finished run measured, else {}: evaluate.py can measure a stopped run, too."""
     run = Run(folder) if (folder / "args.json").exists() else None
     finished = run and run.result.get("num_steps") == run.args.num_steps
-    return {key: run.result[key] for key in MEASURED} if finished else {}
+    return {key: run.result.get(key) for key in MEASURED} if finished else {}
+
+
+def progress(folder):
+    """", k of n steps" of a run that is not finished."""
+    run = Run(folder) if (folder / "args.json").exists() else None
+    return f", {len(run.metrics)} of {run.args.num_steps} steps" if run else ""
 
 
 class Sweep:
@@ -139,7 +159,6 @@ class Sweep:
 
     def __init__(self, out_dir, factors, rows, args):
         self.out_dir, self.factors, self.rows, self.args = pathlib.Path(out_dir), factors, rows, args
-        self.out_dir.mkdir(parents=True, exist_ok=True)
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.jobs)))).split(",")
         self.gpus, self.stop = (gpus * args.jobs)[:args.jobs], []  # GPUs that no run uses; signals received
 
@@ -171,6 +190,7 @@ class Sweep:
         """Write sweep.md, sweep.png, and unless the rows come from a table sweep.csv."""
         from matplotlib.figure import Figure  # not pyplot: no window, no state
         file, e, figure = io.StringIO(), self.effects(), Figure(figsize=(12, 4), layout="constrained")
+        self.out_dir.mkdir(parents=True, exist_ok=True)
         if not self.args.results:
             csv.writer(file, lineterminator="\n").writerows([self.rows[0], *(row.values() for row in self.rows)])
             write_whole(self.out_dir / "sweep.csv", file.getvalue())
@@ -190,7 +210,7 @@ class Sweep:
         if self.stop:
             return
         if not result_of(folder):
-            print(f"run {row['id']}: {' '.join(words)}", flush=True)
+            print(f"run {row['id']}: {shlex.join(words)}", flush=True)
             if (folder / "args.json").exists():
                 words = [f"--resume={folder}"]
             else:
@@ -208,7 +228,8 @@ class Sweep:
                 time.sleep(0.1)
             self.gpus.append(gpu)
         result = result_of(folder)
-        row.update(result, status="done" if result else "stopped" if self.stop else f"failed ({code})")
+        ended = "done" if result else ("stopped" if self.stop else f"failed ({code})") + progress(folder)
+        row.update(result, status=ended)
         ending = f"mauve {row['mauve']:.3f}" if result else log.read_text(errors="replace").strip().rpartition("\n")[2]
         print(f"run {row['id']}: {row['status']}: {escaped(ending)[:300]}", flush=True)
 
@@ -219,14 +240,16 @@ class Sweep:
             row = {f.name: value for f, value in zip(self.factors, values)}
             command = [*words, *(f"--{name}={value:.12g}" for name, value in row.items()), f"--seed={seed + r}"]
             if not self.rows:  # what train.py would refuse is refused before the first run
-                check(flags(command).parse_args())
+                parser = flags(command)
+                check(parser.parse_args(), parser.given())
             folder = self.out_dir / (f"{i:02d}" + f"-{r}" * (r > 0))
-            if (folder / "args.json").exists() and Run(folder).info["command"][1:-1] != command:
+            if (folder / "args.json").exists() and (Run(folder).info.get("command") or [])[1:-1] != command:
                 raise UserError(f"{folder} is a run with other flags; continue a sweep with the same command, move "
                                 "that folder away, or choose another --out_dir")
             rows.append({"id": folder.name, "seed": seed + r, **row, **dict.fromkeys(MEASURED), "status": "waiting"})
             commands.append(command)
         self.rows += rows
+        self.out_dir.mkdir(parents=True, exist_ok=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda number, frame: self.stop.append(number))
         with ThreadPoolExecutor(self.args.jobs) as pool:
@@ -270,13 +293,16 @@ def main(argv):
     if fixed & {word.split("=")[0] for word in words} or args.results and words or not given.seeds:
         raise UserError(f"{' '.join(words)}: a sweep sets --seed, --out_dir and its factors for each run, and needs "
                         "--seeds above 0; --results runs nothing")
-    if given.adv_norm and "--d_scale" in fixed:
-        raise UserError("--factors d_scale has no effect with --adv_norm, which divides it out; add --no-adv_norm")
     rows = read_table(args.results, factors) if args.results else []
     sweep = Sweep(args.out_dir or (args.results.parent if args.results else "out/sweep"), factors, rows, args)
-    if not args.results:
-        sweep.climb(words)
-    sweep.write()
+    try:
+        if not args.results:
+            sweep.climb(words)
+        sweep.write()
+    except OSError as error:
+        print("\n" + sweep.report(), flush=True)  # a full disk must not cost the numbers
+        raise UserError(f"--out_dir {sweep.out_dir} cannot be written to ({error}); make room, or name another") \
+            from None
     print("\n" + sweep.report(), flush=True)
     if sweep.stop:
         print("stopped; the same command continues")
@@ -288,7 +314,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except OSError as error:
-        raise UserError(error) from None
+    main(sys.argv[1:])

@@ -89,6 +89,7 @@ def flags(words=None):
     add("--seeds", type=int, default=5, help="k-means seeds for MAUVE (0: no evaluation at the end)")
     add("--seed", type=int, default=0, help="seed of adapters, data and sampling")
     add("--device", default="cuda", help="cuda, cuda:1, cpu, ...")
+    add("--deterministic", action=Switch, default=False, help="the same run each time on a GPU: slower, no CUDA graph")
     add("--out_dir", default=None, help="folder of the run (default: out/<preset>-<next free number>)")
     add("--save_every", type=int, default=100, help="steps between checkpoints (0: only the last)")
     add("--track", choices=["none", "wandb", "trackio", "tensorboard"], default="none", help="also log to this service")
@@ -138,7 +139,7 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------
     # set-up: device, data, model, players. B sequences, R and C token budgets, N sampled tokens
     B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0
-    device = checked_device(args.device)
+    device = checked_device(args.device, args.deterministic)
     explain_failures()
     if args.seeds:
         check_featurizer(args.featurizer)
@@ -155,7 +156,7 @@ if __name__ == "__main__":
     judge = make_judge(args, discriminator, sampler)
     generator.check_length(writer.max_tokens)
     discriminator.check_length(judge.max_tokens)
-    probe(writer, generator, judge, [stream[i] for i in range(3)])
+    probe(writer, generator, [stream[i] for i in range(3)], judge)
     generator.optimize(args.g_lr, args)
     discriminator.optimize(args.d_lr, args, judge.parameters())
 

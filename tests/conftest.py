@@ -55,6 +55,7 @@ def run_script(script, *words):
         status = end.code or 0
     finally:
         sys.argv, sys.excepthook, checkpoint.lock = argv, hook, lock
+        torch.use_deterministic_algorithms(False)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Ended(status, out.getvalue(), err.getvalue())

@@ -72,7 +72,7 @@ def unigram():
     return PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
 
 
-def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_out(tmp_path, unigram):
+def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_out(tmp_path, unigram, refusal):
     encode = plain_encoder(unigram)
     for text in ("a <s> b<s>", "a \uff1cs\uff1e b<s>", "<s>" * 3000):  # the normalizer makes <s> of the second
         ids, offsets = encode(text)
@@ -81,8 +81,11 @@ def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_o
     with pytest.raises(ValueError, match="special token"):
         encode("a \U0001f600 b")
     texts = ["abcabc b a c s" * 4] * 5 + ["a b \U0001f600 c" * 9] * 3
-    stream = windows(run(write(tmp_path / "a.jsonl", texts), prefix_tokens=4, completion_tokens=4), encode)
+    few = dict(prefix_tokens=4, completion_tokens=4)
+    stream = windows(run(write(tmp_path / "a.jsonl", texts), **few), encode)
     assert all("\U0001f600" not in "".join(stream[p]) for p in range(40))
+    assert "5 of the others are longer than 8 tokens, 3 have characters that the tokenizer lacks;" in stream.summary()
+    assert "; 3 have characters" in refusal(windows, run(write(tmp_path / "b.jsonl", texts[5:]), **few), encode)
 
 
 @pytest.mark.parametrize("template", [PROMPT, "{text}", "<s>{text}"])
@@ -133,8 +136,9 @@ def test_windows_are_a_pure_function_of_seed_and_position(tmp_path, encode, refu
     far = same[100_000]  # read before the others, many epochs on
     assert [one[i] for i in range(400)] == [same[i] for i in range(400)] and one[100_000] == far
     assert [one[i] for i in range(20)] != [other[i] for i in range(20)]
-    assert windows(run(corpus, data_revision=one.revision), encode)[0]
-    assert "has changed" in refusal(windows, run(corpus, data_revision="other"), encode)
+    for split in ("train", "held_out"):
+        assert windows(run(corpus, data_revision=one.revision), encode, split)[0]
+        assert "has changed" in refusal(windows, run(corpus, data_revision="other"), encode, split)
 
 
 def test_an_epoch_shows_every_document_once_and_no_held_out_one(tmp_path, encode):
@@ -148,6 +152,21 @@ def test_an_epoch_shows_every_document_once_and_no_held_out_one(tmp_path, encode
     assert train.order(0) != train.order(1)
     assert 0 < held.num_documents == 300 - len(kept) < 30 and not set(held.texts) & set(kept)
     assert 0.017 < sum(held_out(f"document {i}") for i in range(20_000)) / 20_000 < 0.023
+
+
+def test_held_out_documents_that_share_thirteen_words_with_another_are_left_out(tmp_path, encode, capsys):
+    held, kept = ([text for text in DOCUMENTS if held_out(text) == side] for side in (True, False))
+    for gap, source in ((" ", held[0].split()[20:]), ("", "中文的文件没有空格所以每个字算一个词")):
+        for n in (12, 13):
+            part = gap.join(source[:n])
+            texts = [f"before {part} after", *held[1:]]
+            assert data.novel(texts, [*kept, f"other {part} other"]) == texts[n == 13:]
+    assert data.novel([*held, f"again {held[1]}"], kept) == held
+    near = next(text for i in range(999) if not held_out(text := f"{i} {held[0]}"))
+    stream = windows(run(write(tmp_path / "a.jsonl", [*DOCUMENTS, near])), encode, "held_out")
+    assert stream.texts == held[1:] and near not in stream.texts
+    assert f"1 of {len(held)} held-out documents share 13 words" in (printed := capsys.readouterr().err)
+    assert printed.endswith(f"{len(held) - 1} remain\n")
 
 
 @pytest.mark.parametrize("few", [2000, 50])  # all documents are checked at the start, or a sample
@@ -178,12 +197,21 @@ def test_neither_side_of_the_cut_begins_or_ends_with_its_white_space(source, tmp
     assert sum(sep == "" for _, sep, _ in batch) < 5
 
 
-@pytest.mark.parametrize("text", ["x" * 400, "first line\n" + "\u65e5\u672c\u8a9e\u306e\u6587" * 100])
-def test_the_cut_moves_back_by_a_bounded_distance(encode, text):
+@pytest.mark.parametrize("text", ["x" * 400, "first line\n" + "日本語の文" * 100, "我们走吧。\n" * 90, "ไปเที่ยวที่นี่ " * 40])
+def test_the_cut_moves_back_by_a_bounded_distance_and_not_at_all_without_spaces(encode, text):
     offsets = encode(text)[1]
-    half = len(offsets) // 2
-    prefix, sep, truth = cut_window(encode, text, offsets, 0, half, 10)
-    assert sep == "" and prefix == text[:offsets[half][0]] and text.startswith(prefix + truth)
+    for n in range(len(offsets) // 2, len(offsets) // 2 + 40):
+        prefix, sep, truth = cut_window(encode, text, offsets, 0, n, 10)
+        assert text.startswith(prefix + sep + truth) and truth[0] not in data.MARKS
+        assert -1 <= offsets[n][0] - len(prefix + sep) <= 3  # over white space, or back over the marks of a character
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("a  b\tc\u3000d\x85e\n", "a b c d e"), ("naïve “words”, 한국어 텍스트 ฿100", "naïve “words”, 한국어 텍스트 ฿100"),
+    ("我在GitHub上， 好", "我 在 GitHub 上 ， 好"), ("カ\u3099は葛\U000e0100", "カ\u3099 は 葛\U000e0100"), ("ที่นี่", "ที่ นี่"),
+    ("ខ្ញុំ\u200bទៅ", "ខ្ ញុំ\u200b ទៅ"), ("မြန်မာ", "မြ န် မာ"), ("ລາວ", "ລ າ ວ"), ("\u0e48a", "\u0e48 a"), ("", "")])
+def test_words_are_split_by_white_space_and_in_scripts_without_it_by_character(text, wanted):
+    assert data.words(text) == wanted.split()
 
 
 @pytest.mark.parametrize("name", "a.jsonl a.jsonl.gz a.jsonl.zst a.json [a].csv [a].parquet a.arrow".split())
@@ -196,32 +224,44 @@ def test_folders_are_read_in_order_with_links_and_without_hidden_names(tmp_path)
     for folder in (root / ".git", root / "sub", tmp_path / "beside"):
         folder.mkdir(parents=True)
     write(root / "sub" / "b.jsonl.gz", ["three"])
-    (root / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "a\\ud800b"}\n')
-    (root / "z.txt").write_bytes(b"four\nlines \xff")
+    (root / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": "a\\ud800b"}\n')
+    (root / "Z.TXT").write_bytes(b"\xef\xbb\xbffour\r\nlines")
+    (root / "empty.csv").write_bytes(b"")
     for hidden in ("._z.txt", ".git/x.md", "unknown.bin"):
         (root / hidden).write_text("no")
     (tmp_path / "beside/c.md").write_text(long)
     (root / "zz").symlink_to(tmp_path / "beside")
-    (root / "sub/loop").symlink_to(root)
-    one, two, three, four, *parts = data.read_documents(str(root))
-    assert (one, two, three, four) == ("one", "a?b", "three", "four\nlines \ufffd")
+    for link in ("sub/loop", "sub/loop2", "loop3"):
+        (root / link).symlink_to(root)
+    four, one, two, three, *parts = data.read_documents(str(root))
+    assert (one, two, three, four) == ("one", "a?b", "three", "four\nlines")
     assert "".join(parts) == long
     assert all(10_000 <= len(part) <= 20_002 and part.endswith("\n\n") for part in parts[:-1])
 
 
 def test_a_few_records_without_a_text_are_left_out(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [*DOCUMENTS, None])
-    path.write_text(path.read_text() + '{"torn": "lin')
+    path = write(tmp_path / "a\x1b[31m.jsonl", [*DOCUMENTS, None])
+    path.write_bytes(path.read_bytes() + '{"torn": "lin\n{"text": "caf\u00e9"}\n'.encode("latin-1"))
     assert data.read_documents(str(path)) == DOCUMENTS
-    assert "2 of 302" in (printed := capsys.readouterr().err) and "record 301: {'text': None}" in printed
+    assert "3 of 303" in (printed := capsys.readouterr().err) and "record 301: {'text': None}" in printed
+    assert printed.count("\n") == 1 and "\x1b" not in printed
 
 
 @pytest.mark.parametrize("name, content, wanted", [
     ("a.bin", b"x", "hub:user/name"), ("missing.jsonl", None, "cannot be read"),
-    ("a.jsonl", b'"x"\nhello\n', "record 2: not JSON"), ("a.json", b'[{"text": "a', "cannot be read"),
+    ("a.jsonl", b'"x"\nhello\n', "record 2: damaged"), ("a.json", b'[{"text": "a', "cannot be read"),
     ("a.jsonl", b'{"c": "x"}\n', "{'c': 'x'}"), ("a.csv", b"content\nx\n", "{'content': 'x'}"),
     ("a.jsonl.zst", zstandard.compress(bytes(9999))[:9], "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"x" * 99999)[:60], "cannot be read"),
+    ("a.jsonl.zst", zstandard.compress(b'"x"\n') + zstandard.compress(bytes(9999))[:9], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"x\n" * 99)[:-9] + bytes(9), "cannot be read"),
+    ("a.jsonl", b'"x"\n' * 200 + b'"y', "its last line is cut off"), ("a.jsonl", b'{"text": ["a"]}\n', "['a']"),
+    ("a.json", b'{"text": ["a", "b"]}', "['a', 'b']"), ("a.json", b'"x"\n"y"\n', "cannot be read"),
+    ("a.txt", "x".encode("utf-16"), "cannot be read"), ("a.md", b"caf\xe9", "cannot be read"),
+    ("a.txt", b"text" + bytes(99), "damaged"), ("a.txt", "text".encode("utf-16-le"), "damaged"),
+    ("a.csv", "text\nx".encode("utf-16"), "cannot be read"), ("a.csv", b'text\n"x\ny', "cannot be read"),
+    ("a.csv", b"text\na, b\n", "damaged"), ("a.csv", b"text,id\nx,1\nhal", "record 2: damaged"),
+    ("a.csv", b"\x1b[31m\nx\n", "{'\\x1b[31m': 'x'}"),
     ("a.parquet", b"x", "cannot be read"), ("a.arrow", b"ARROW1 x", "cannot be read"),
     ("a.jsonl", b'{"text": "a b"}\n', "no text longer than 24"), ("a.md", b"", "no text longer"),
 ])
@@ -242,14 +282,34 @@ def test_a_stream_reads_floor_and_warm_up_first_and_can_be_entered_anywhere(sour
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo: Namespace(sha=f"commit of {repo}"))
     flags = run(source, num_steps=20, batch_size=4, floor_sequences=10, d_warmup=2, seed=1)
     stream = windows(flags, encode)
-    assert len(stream.seen) == 1 and stream.revision.startswith("commit of ")
+    assert stream.count == 1 and stream.revision.startswith("commit of ")
     needed = [stream[p] for p in range(70, 88)]  # the run's last 10 windows, then those of the warm-up
-    assert len(stream.seen) == 18
+    assert stream.count == 18
     rest = [stream[p] for p in range(88)]
-    assert rest[70:] == needed and len(stream.seen) == 88
+    assert rest[70:] == needed and stream.count == 88
     assert windows(flags, encode)[60] == rest[60]  # entered ahead
     assert windows(flags, encode)[200] == stream[200]  # past the run, epochs later
     assert len(windows(run(source, num_steps=20, batch_size=4), encode).seen) == 1  # neither floor nor warm-up
+
+
+def test_a_stream_forgets_what_is_not_needed_again_and_goes_on_from_its_state(encode, monkeypatch):
+    tokenised = []
+    monkeypatch.setattr(data, "RECENT", 8)
+    monkeypatch.setattr(data.Stream, "documents", lambda self, epoch: iter(["short", *DOCUMENTS[:60]]))
+    flags = run("pile", num_steps=40, batch_size=4, floor_sequences=10, d_warmup=2)
+    order = [*range(150, 168), *range(160)]  # the floor, the warm-up, the run
+    stream, read = windows(flags, encode), []
+    for position in order:
+        read.append((stream[position], stream.state_dict()))
+        assert len(stream.seen) <= 18
+    assert stream.count == 168  # the floor was kept, not read again
+    for done in (1, 19, 100, 165, 177):
+        other = windows(flags, lambda text: tokenised.append(text) or encode(text))
+        other.load_state_dict(read[done - 1][1])
+        tokenised.clear()
+        assert [other[position] for position in order[done:]] == [window for window, _ in read[done:]]
+        assert len(tokenised) < 2 * (len(order) - done + 10) + 4  # two for each window, and for the floor again
+    assert other[30] == read[48][0]  # back to what was forgotten
 
 
 def test_a_stream_that_is_out_of_reach_is_one_line(encode, refusal):

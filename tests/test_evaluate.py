@@ -9,22 +9,24 @@ import torch
 
 from conftest import lines, run_script
 from data import held_out, read_documents
-from evaluate import describe, evaluate, read_run
-from flags import UserError
+from evaluate import compare_runs, describe, evaluate, read_run
+from flags import Run, UserError
+from measures import featurizer
 
 WORDS = (argparse.__doc__ + statistics.__doc__).split()
 TRUTHS = [" ".join(random.Random(i).choices(WORDS, k=6)) for i in range(100)]
 
 
-def make_run(folder, completions, floor=()):
-    """The files of a run: completions of the first truths, and a floor for the last of these."""
+def make_run(folder, completions, floor=(), **flags):
+    """The files of a run, 20 sequences a step: completions of the first truths, and a floor for the last of these."""
     folder.mkdir()
     rows = [dict(step=i // 20, prefix=f"prefix {i}", sep=" ", truth=truth, completion=text, kl=0.1, seconds=1)
             for i, (truth, text) in enumerate(zip(TRUTHS, completions))]
     floor = [row | {"completion": text} for row, text in zip(rows[-len(floor):], floor)]
     for name, records in (("rollouts", rows), ("floor", floor), ("metrics", rows[::20])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
-    flags = dict(model="demo", prompt="{text}", quant="none", dtype="fp32", device="cpu", featurizer="base", seeds=2)
+    flags = dict(model="demo", prompt="{text}", quant="none", dtype="fp32", device="cpu", featurizer="base", seeds=2,
+                 batch_size=20, num_steps=-(-len(rows) // 20)) | flags
     (folder / "args.json").write_text(json.dumps({"args": flags}))
     return folder
 
@@ -46,16 +48,33 @@ def test_a_run_that_copies_the_truth_scores_one_and_a_silent_floor_scores_low(tm
 
 def test_results_are_printed_before_they_are_written(tmp_path, demo, capsys):
     run = make_run(tmp_path / "run", TRUTHS[:12])
-    (run / "mauve.json").mkdir()  # no file can take its place
+    (run / "result.json").mkdir()  # no file can take its place
     with pytest.raises(OSError):
         evaluate(run, "base", 1, *demo, "cpu")
     assert "ceiling" in capsys.readouterr().out
 
 
-def test_a_run_of_too_few_sequences_is_one_line(tmp_path, capsys):
-    with pytest.raises(UserError):
-        read_run(make_run(tmp_path / "run", TRUTHS[:3]))
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_run_without_enough_sequences_names_the_way_on(tmp_path, capsys):
+    run, traces = (make_run(tmp_path / name, [], num_steps=9, traces=file) for name, file in
+                   (("run", None), ("sft", "traces.jsonl")))
+    for folder, way in ((run, f"0 of 9 steps, continue with: python train.py --resume {run}"),
+                        (traces, f"with: python -m tools.export {traces} --merge DIR, and start a run with: ")):
+        with pytest.raises(UserError):
+            read_run(folder)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and way in err
+
+
+def test_tables_of_an_unfinished_run_say_so_and_few_texts_have_no_interval(tmp_path, demo, capsys):
+    run, other = (make_run(tmp_path / name, TRUTHS[:40], TRUTHS[:40], num_steps=9) for name in "ab")
+    result = evaluate(run, "base", 1, *demo, "cpu")
+    compare_runs([Run(run), Run(other)], featurizer("base", *demo, "cpu"), 1)
+    table, comparison = capsys.readouterr().out.split(f"{run} against {other}")
+    for name, text in ((run, table), (run, comparison), (other, comparison)):
+        assert f"2 of 9 steps, continue with: python train.py --resume {name}" in text
+    assert result["mauve_interval"] is result["against_floor"]["verdict"] is None and result["mauve"] > 0.9
+    assert "too few for an interval" in table
+    assert all("+0.000, no verdict: 40 pairs, and 50 are needed" in text for text in (table, comparison))
 
 
 def test_perplexity_reads_prefix_and_text_as_one(demo, encode):
@@ -72,7 +91,8 @@ def test_fresh_takes_half_of_the_held_out_documents_and_stays_until_the_run_goes
     texts = [text for text in read_documents("demo", "text") if held_out(text)][:11]
     few.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     info = read(run, "args.json")
-    (run / "args.json").write_text(json.dumps(info | {"args": info["args"] | {"data": str(few)}}))
+    info["args"] |= {"data": str(few), "data_revision": None}
+    (run / "args.json").write_text(json.dumps(info))
     ended = run_script("evaluate.py", run, "--fresh", 500)
     assert ended.status == 0 and "5 of 11 held-out documents" in ended.out, ended.err
     rows, first = lines(run / "fresh.jsonl"), read(run, "result.json")
@@ -83,18 +103,29 @@ def test_fresh_takes_half_of_the_held_out_documents_and_stays_until_the_run_goes
     assert "fresh" not in evaluate(run, "base", 2, *demo, "cpu")
 
 
-def test_the_command_measures_one_run_and_compares_others_with_the_first(tmp_path):
-    one, same, worse, apart = runs = [make_run(tmp_path / name, texts) for name, texts in (
-        ("0", TRUTHS[:20]), ("1", TRUTHS[:20]), ("2", ["no"] * 20), ("3", TRUTHS[:20]))]
-    assert run_script("evaluate.py", one, "--curve", 10).status == 0
-    assert [point["num_sequences"] for point in read(one, "mauve.json")["curve"]] == [10, 10]
-    assert read(one, "result.json")["floor"] is None
-    rows = (apart / "rollouts.jsonl").read_text()
-    (apart / "rollouts.jsonl").write_text(rows.replace("prefix ", "other "))
-    ended = run_script("evaluate.py", *runs)
-    first, _, second = ended.out.strip().split("\n")
-    assert "no clear difference, +0.000" in first and "higher, +" in second
-    assert ended.status == 2 and "0 common prefixes, and 4 are needed;" in ended.err
+def test_the_command_measures_one_run_and_compares_others_with_the_first(tmp_path, demo):
+    one, same, worse = (make_run(tmp_path / name, texts) for name, texts in (
+        ("0", TRUTHS[:60]), ("1", TRUTHS[:60]), ("2", ["no"] * 60)))
+    assert run_script("evaluate.py", one, "--curve", 30).status == 0
+    assert evaluate(one, "base", 2, *demo, "cpu")["floor"] is None
+    assert [point["num_sequences"] for point in read(one, "mauve.json")["curve"]] == [30, 30]  # as last time
+    ended = run_script("evaluate.py", one, same, worse)
+    first, second = ended.out.strip().split("\n\n")
+    assert "no clear difference, +0.000" in first and "higher, +" in second and ended.status == 0
     for words in ([one, same, "--fresh", 8], [one, "--curve", 2], [one, "--device", "tpu"], [one, "--seeds", -1]):
         ended = run_script("evaluate.py", *words)
         assert ended.status == 2 and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (dict(seed=1, data_revision="b"), "; the runs differ in data_revision (None and b), seed (0 and 1)"),
+    (dict(batch_size=5), "; the runs differ in batch_size x num_steps (20 and 5)"),
+    (dict(num_steps=4, batch_size=5), "; 1 of 4 steps, continue with: python train.py --resume "),
+])
+def test_runs_without_common_prefixes_are_told_why(flags, cause, tmp_path, capsys):
+    one, other = make_run(tmp_path / "a", TRUTHS[:20]), make_run(tmp_path / "b", TRUTHS[:20], **flags)
+    rows = (other / "rollouts.jsonl").read_text()
+    (other / "rollouts.jsonl").write_text(rows.replace("prefix ", "other "))
+    with pytest.raises(UserError):
+        compare_runs([Run(one), Run(other)], None, 1)
+    assert f"0 common prefixes, and 4 are needed{cause}" in capsys.readouterr().err

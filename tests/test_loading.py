@@ -155,7 +155,7 @@ def players(folder, **more):
     pair = [Player(model, tokenizer, name) for name in ("generator", "discriminator")]
     writer = Writer(Sampler(model, torch.float32), tokenizer, args)
     windows = [Window(TEXT[i:i + 60], " ", TEXT[i + 60:i + 120]) for i in (0, 30, 90)]
-    return writer, pair[0], make_judge(args, pair[1], writer.sampler), windows
+    return writer, pair[0], windows, make_judge(args, pair[1], writer.sampler)
 
 
 def test_the_probe_leaves_nothing_behind(tiny_folder):
@@ -164,7 +164,7 @@ def test_the_probe_leaves_nothing_behind(tiny_folder):
     probe(*parts)
     after = parts[1].model.state_dict()
     assert all(torch.equal(x, after[key]) for key, x in before.items())
-    assert not any(p.grad is not None for p in (*parts[1].model.parameters(), *parts[2].parameters()))
+    assert not any(p.grad is not None for p in (*parts[1].model.parameters(), *parts[3].parameters()))
 
 
 @pytest.mark.parametrize("kind, more", [("Rwkv", dict(attention_hidden_size=32)), ("Bart", dict(
@@ -177,13 +177,13 @@ def test_the_probe_refuses_a_model_whose_sampler_and_learner_would_differ(kind, 
 
 @pytest.mark.parametrize("where, what", [("hidden_states", "learner"), ("score", "KeyError")])
 def test_the_probe_turns_any_failure_into_one_line(where, what, tiny_folder, monkeypatch):
-    writer, generator, judge, windows = players(tiny_folder)
+    writer, generator, windows, judge = players(tiny_folder)
     if where == "score":
         monkeypatch.setattr(judge, "score", lambda *_: {}["no"])
     else:  # a learner with dropout, say
         monkeypatch.setattr("model.hidden_states", lambda *a: torch.dropout(hidden_states(*a), 0.3, True))
     with pytest.raises(UserError) as error:
-        probe(writer, generator, judge, windows)
+        probe(writer, generator, windows, judge)
     assert what in error.value.message
 
 

@@ -7,8 +7,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from conftest import shared
 from flags import UserError
-from measures import (audit, bootstrap, check_featurizer, distinct, featurizer, histogram_mauve, lengths, mauve_of,
-                      copy_rate, paired, quiet, reliability, repetition, self_bleu)
+from measures import (audit, check_featurizer, copy_rate, distinct, featurizer, histogram_mauve, interval_of, jackknife,
+                      lengths, mauve_of, paired, reliability, repetition, self_bleu, standard_error)
 
 TEXTS = ["Return the sum.", "A longer text: " + "its padding must reach no other text, " * 6, "x"]
 
@@ -18,10 +18,9 @@ def test_mauve_is_the_librarys_and_near_the_stored_scores(name):
     from mauve import compute_mauve
     stored = json.loads(shared("mauve_reference/reference.json").read_text())[name]
     p, q = np.load(shared(f"mauve_reference/{name}.npz")).values()
-    with quiet():
-        theirs = compute_mauve(p_features=p, q_features=q)
-    ours = mauve_of(p, q, [25])
+    theirs, ours = compute_mauve(p_features=p, q_features=q), mauve_of(p, q, [25])
     assert abs(ours["mauve"] - theirs.mauve) < 1e-12 and abs(ours["mauve"] - stored["mauve"]) < 0.02
+    assert ours["num_buckets"] == theirs.num_buckets
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -30,25 +29,44 @@ def test_equal_texts_score_one(texts):
     assert mauve_of(texts, texts, range(2))["mauve"] == pytest.approx(1, abs=1e-12)
 
 
-def test_the_interval_is_as_wide_as_new_samples_are_apart():
-    rng = np.random.default_rng(0)
-    p, q = np.full(10, 0.1), np.array([0.28] + [0.08] * 9)
-    drawn = [histogram_mauve(rng.multinomial(400, p) / 400, rng.multinomial(400, q) / 400) for _ in range(400)]
-    moved = bootstrap(p, q, 400, 400)
-    assert abs(moved.mean()) < 1e-9 and moved.std() == pytest.approx(np.std(drawn), rel=0.15)
-    assert bootstrap(p, q, 4000, 4000).std() < 0.5 * moved.std()
+def test_the_jackknife_leaves_out_one_text_of_both_at_a_time():
+    labels = np.random.default_rng(0).integers(0, 5, (2, 2, 60))  # (S, 2, N)
+
+    def mauve(pair):
+        return histogram_mauve(*(np.bincount(part, minlength=5) / part.size for part in pair))
+
+    scores, without = jackknife(labels)
+    assert scores == pytest.approx([mauve(pair) for pair in labels])
+    for i in (0, 59):
+        assert without[i] == pytest.approx(np.mean([mauve(np.delete(pair, i, 1)) for pair in labels]))
 
 
-def test_a_run_is_not_told_apart_from_itself_and_a_better_one_is_higher():
+def test_the_standard_error_is_the_spread_of_new_samples_and_the_interval_is_symmetric_in_the_logit():
+    rng, shares = np.random.default_rng(0), (np.full(10, 0.1), [0.28] + [0.08] * 9)
+    draws = [jackknife(np.stack([rng.choice(10, 400, p=p) for p in shares])[None]) for _ in range(60)]
+    errors = [standard_error(*draw) for draw in draws]
+    assert np.mean(errors) == pytest.approx(np.std([scores[0] for scores, _ in draws]), rel=0.2)
+    scores, without = np.array([0.5, 0.6, 0.7]), np.linspace(0.59, 0.61, 101)
+    error = (100 * 0.02 ** 2 / 12 * 102 / 100 + 0.01 / 3) ** 0.5  # texts, and k-means
+    assert standard_error(scores, without) == pytest.approx(error)
+    low, high = (np.log(x / (1 - x)) - np.log(0.6 / 0.4) for x in interval_of(scores, without))
+    assert -low == pytest.approx(high) == pytest.approx(1.96 * error / 0.24)
+    assert interval_of(scores, without[:49]) is None
+
+
+def test_a_comparison_is_the_difference_of_the_scores_and_needs_50_prefixes():
     rng = np.random.default_rng(0)
     truth, near, also_near, far = (rng.normal(shift, size=(200, 8)) for shift in (0, 0.1, 0.1, 1.5))
-    same, better = paired(truth, far, far, 20), paired(truth, near, far, 20)
-    assert same == {"difference": 0, "interval": [0, 0], "verdict": "no clear difference", "num_sequences": 200}
+    same, better = paired(truth, far, far, range(3)), paired(truth, near, far, range(3))
+    scores = [mauve_of(truth, texts, range(3))["mauve"] for texts in (near, far)]
+    assert better["scores"] == scores and better["difference"] == pytest.approx(scores[0] - scores[1])
     assert better["verdict"] == "higher" and 0 < better["interval"][0] < better["difference"] < better["interval"][1]
-    near_mauve, far_mauve = (mauve_of(truth, texts, range(5))["mauve"] for texts in (near, far))
-    assert better["difference"] == pytest.approx(near_mauve - far_mauve)
-    assert paired(truth, far, near, 20)["verdict"] == "lower"
-    assert paired(truth, near, also_near, 20)["verdict"] == "no clear difference"
+    assert same["difference"] == 0 and same["interval"] == [0, 0] and same["verdict"] == "no clear difference"
+    assert paired(truth, far, near, range(3))["verdict"] == "lower"
+    assert paired(truth, near, also_near, range(3))["verdict"] == "no clear difference"
+    few = paired(truth[:49], near[:49], far[:49], range(3))
+    assert few["interval"] is few["verdict"] is mauve_of(truth[:49], near[:49], [0])["interval"] is None
+    assert few["difference"] > 0 and few["num_sequences"] == 49
 
 
 def test_base_features_are_means_over_positions_whatever_the_batch(demo):

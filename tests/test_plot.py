@@ -12,7 +12,7 @@ from flags import Run
 from plot import STYLES, THEMES, panels_of, plot_mauve, plot_metrics, plot_runs, series, smooth
 from tools.report import page, samples_by_step
 
-HOSTILE = ("</script><script>document.title='hacked'</script> <!-- \" ' & <b>bold</b> \u2028 \u202e \x1b[31m \ud83d "
+HOSTILE = ("</script><script>document.title='hacked'</script> <!-- \" ' & <b>bold</b> \u2028 \u202e \x1b[31m "
            "see http://example.org\n\ttab")
 LOGGED = "reward baseline kl d_acc_real d_acc_generated seconds".split()
 
@@ -24,13 +24,13 @@ def write(file, records):
 def made_up(folder, num_steps=5, batch_size=10, **metrics):
     """A finished run with the base model's text for its last 15 prefixes; kl is null in step 2."""
     folder.mkdir()
-    args = dict(model="demo", data="demo", prompt=HOSTILE, batch_size=batch_size, num_steps=num_steps)
+    args = dict(model="demo", data="demo", prompt="{text}" + HOSTILE, batch_size=batch_size, num_steps=num_steps)
     (folder / "args.json").write_text(json.dumps({"args": args, "device": "cpu"}))
     rows = [{"step": step, **dict.fromkeys(LOGGED, 0.5 + step / 10), **metrics} for step in range(num_steps)]
     write(folder / "metrics.jsonl", [row | {"kl": None} if row["step"] == 2 else row for row in rows])
-    samples = [{"step": step, "prefix": f"prefix {step} {i} {HOSTILE}", "truth": f"truth {HOSTILE} {'long' * 99}",
-                "think": "thought", "completion": f"step {step} text {i} {HOSTILE}", "reward": i * 7 % 10,
-                "p_real": None if i == 3 else i / 10, "length_score": 1.0}
+    samples = [{"step": step, "prefix": f"prefix {step} {i} {HOSTILE}", "sep": " ", "think": "thought",
+                "truth": f"truth {HOSTILE} {'long' * 99}", "completion": f"step {step} text {i} {HOSTILE}",
+                "reward": i * 7 % 10, "p_real": None if i == 3 else i / 10, "length_score": 1.0}
                for step in range(num_steps) for i in range(batch_size)]
     write(folder / "rollouts.jsonl", samples)
     write(folder / "floor.jsonl", [{**row, "completion": "base " + row["completion"]} for row in samples[-15:]])
@@ -99,7 +99,7 @@ def test_runs_are_drawn_over_each_other_in_a_grid_that_grows(tmp_path):
 def test_the_page_is_one_file_in_which_hostile_text_stays_text(run):
     before, text, after = re.split(r'(?<=id="data">)(.*)(?=</script>\n<script>)', page(run))
     assert not re.search(r"https?://|//\w+\.|@import|url\(", before + after)
-    assert "<" not in text and not set("\u2028\u202e\x1b") & set(text) and r"\\x1b[31m \\ud83d" in text
+    assert "<" not in text and not set("\u2028\u202e\x1b") & set(text) and r"\\x1b[31m" in text
     data = json.loads(text)
     assert [score["value"] for score in data["scores"]] == [0.2, 0.8, 0.95] and data["scores"][2]["sd"] is None  # nan
     assert data["settings"]["batch_size"] == "10" and data["origin"] == {"device": "cpu"}
@@ -116,9 +116,20 @@ def test_base_and_trained_text_of_one_prefix_stand_together(run):
     assert steps[2]["means"] == {"reward": 0.7, "d_acc_real": 0.7, "d_acc_generated": 0.7}  # kl is null
 
 
+def test_a_result_of_a_run_that_was_not_finished_says_so(run, monkeypatch):
+    result = json.loads((run.folder / "result.json").read_text())
+    for num_steps, said in (5, ""), (3, " after 3 of 5 steps"):
+        (run.folder / "result.json").write_text(json.dumps(result | {"num_steps": num_steps}))
+        named = []
+        monkeypatch.setattr(Figure, "legend", lambda self, bars, names, **more: named.extend(names))
+        plot_runs([Run(run.folder)], run.folder / "x.png")
+        assert named == ["run" + said] and f"result: the last sequences{said}" in page(Run(run.folder))
+
+
 @pytest.mark.parametrize("words, status, printed", [
     ("plot.py RUN", 0, "training.png"), ("plot.py RUN --out RUN/a", 0, "RUN/a.png"), ("plot.py RUN NO", 2, "NO is not"),
-    ("plot.py NEW", 2, "after its first step"), ("plot.py RUN --out RUN/no/a.png", 2, "--out"),
+    ("plot.py NEW", 2, "first step; if it was stopped before that, continue with: python train.py --resume"),
+    ("plot.py RUN --out RUN/no/a.png", 2, "--out"),
     ("plot.py RUN --out a.foo", 2, "foo"), ("tools/report.py RUN", 0, "RUN/report.html"),
     ("tools/report.py NO", 2, "NO is not"), ("tools/report.py RUN --out RUN/no/page.html", 2, "--out"),
     ("tools/report.py RUN --samples_per_step 0", 2, "at least 1")])

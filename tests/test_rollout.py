@@ -37,7 +37,8 @@ class Scripted:
 
     def read(self, token):
         self.step += 1
-        return 9 * self.head.weight[[row[min(self.step, len(row) - 1)] for row in self.script]]  # (B, V)
+        wanted = torch.tensor([row[min(self.step, len(row) - 1)] for row in self.script])  # (B,)
+        return torch.where(wanted[:, None] < 0, torch.nan, 9 * self.head.weight[wanted])  # (B, V)
 
 
 def scripted(rows, reasoning_tokens=3, close=(2, 3), think_end=THINK_END):
@@ -74,6 +75,12 @@ def test_thinking_closes_by_itself_or_at_its_budget_and_only_drawn_tokens_are_sa
     assert roll.think == [[5], [5] * 3, [5, 5], [], [0]] and roll.reply == [[6, 7], [6, 7, 8, 4], [6], [], [0] * 4]
     alone, sampler = scripted([ROWS[0][0]])
     assert alone.ids[0].tolist() == roll.ids[0, :7].tolist() and sampler.step == 5  # ends with its last row
+
+
+def test_a_row_whose_states_are_not_finite_ends_there_and_draws_nothing():
+    roll, _ = scripted([[5, 2, 0, 6, -1, 7], [5, 2, 0, 6, 7, 1], [-1], [5, 2, -1]])
+    assert roll.broken.tolist() == [True, False, True, True] and roll.logps.isfinite().all()
+    assert roll.reply == [[6], [6, 7], [], []] and roll.sampled.sum(1).tolist() == [3, 5, 0, 2]
 
 
 @pytest.mark.parametrize("reasoning_tokens, close, think_end, row, ids, sampled, thinking", [
@@ -155,6 +162,9 @@ def test_without_a_think_token_the_closing_is_several_ids():
     ("brown foxes jump", 16, "brown foxes jump"),                  # whole words only
     ("... and then", 16, "... and then"),                          # an ellipsis without an echo stays
     ("brown fox", 16, ""),                                         # nothing but an echo
-    ("  \n brown fox jumps", 0, "brown fox jumps")])               # off: white space goes all the same
+    ("  \n brown fox jumps", 0, "brown fox jumps"),                # off: white space goes all the same
+    ("狐狸跳过了狗", 16, "跳过了狗"), ("...棕色狐狸， 跳过", 16, "， 跳过"),  # a script without spaces
+    ("敏捷的fox棕色狐狸跳", 9, "跳"), ("狸跳过了狗", 16, "狸跳过了狗")])     # one character is no echo
 def test_echo_equals_the_table(reply, words, wanted):
-    assert strip_echo(reply, "The quick brown fox", words) == wanted
+    prefix = "The quick brown fox" if "狸" not in reply else "那只敏捷的fox棕色狐狸"
+    assert strip_echo(reply, prefix, words) == wanted

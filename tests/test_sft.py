@@ -130,7 +130,7 @@ def test_truths_sample_as_the_run_did_learn_the_truths_and_resume(finished, tmp_
     ("sft", "--data"), ("sft --data no/such.jsonl", "no/such.jsonl"), ("sft --data FILE --truths RUN", "--truths"),
     ("sft --data FILE --mix 1", "--mix"), ("sft --data FILE --rate 1", "--rate"),
     ("sft --data FILE --held_out 0.0001", "--held_out"), ("sft --truths RUN --num_steps 9", "finish"),
-    ("sft --data RUN/rollouts.jsonl", "as tools.traces writes"), ("traces RUN --out FILE", "--out"),
+    ("sft --data RUN/rollouts.jsonl", "not a record of traces"), ("traces RUN --out FILE", "--out"),
     ("traces RUN --out NEW --batch_size 0", "--batch_size"), ("traces RUN --out no/x.jsonl", "--out"),
     ("traces no/such --out NEW", "no/such")])
 def test_a_mistake_is_one_line_and_leaves_nothing(command, wanted, finished, traces, tmp_path):

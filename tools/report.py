@@ -24,7 +24,7 @@ MOST_STEPS = 100  # a longer run shows this many of its steps, spread evenly
 
 def samples_by_step(run, samples_per_step, most_steps=MOST_STEPS):
     """The first samples of each step, for steps spread evenly over the run; `base` is the base model's text or None."""
-    base = {(r["prefix"], r["truth"]): {"think": readable(r["think"]), "completion": readable(r["completion"])}
+    base = {(r["prefix"], r["truth"]): {key: readable(r.get(key) or "") for key in ("think", "completion")}
             for r in run.floor}
     means = {row["step"]: {key: row[key] for key in MEANS if row.get(key) is not None} for row in run.metrics}
     steps = collections.defaultdict(list)
@@ -33,8 +33,8 @@ def samples_by_step(run, samples_per_step, most_steps=MOST_STEPS):
     known, count = sorted(steps), min(len(steps), most_steps)
     shown = [known[i * (len(known) - 1) // max(count - 1, 1)] for i in range(count)]
     return [{"step": step, "size": len(steps[step]), "means": means.get(step, {}), "samples": [
-        {**{key: readable(r[key]) for key in ("prefix", "think", "completion", "truth")},
-         **{key: r[key] for key in ("step", "reward", "p_real", "length_score")},
+        {**{key: readable(r.get(key) or "") for key in ("prefix", "think", "completion", "truth")},
+         **{key: r.get(key) for key in ("step", "reward", "p_real", "length_score")},
          "base": base.get((r["prefix"], r["truth"]))} for r in steps[step][:samples_per_step]]} for step in shown]
 
 
@@ -50,11 +50,11 @@ def page(run, samples_per_step=8):
     args, result = vars(run.args), run.result
     seconds = [row["seconds"] for row in run.metrics if row.get("seconds")]
     summary = (f"{args['model']} on {args['data']} · {len(seconds)} of {args['num_steps']} steps · "
-               f"{sum(seconds) / 60:.0f} min · {run.info['device']}")
+               f"{sum(seconds) / 60:.0f} min · {run.info.get('device')}")
     data = {
         "name": run.name,
         "summary": readable(summary),
-        "scores": [{"label": label, "value": result[name], "sd": result.get(f"{name}_sd"),
+        "scores": [{"label": label + run.unfinished(), "value": result[name], "sd": result.get(f"{name}_sd"),
                     "interval": result.get(f"{name}_interval")}
                    for name, label in SCORES.items() if result.get(name) is not None],
         "steps": samples_by_step(run, samples_per_step),

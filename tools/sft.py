@@ -21,11 +21,12 @@ import math
 import os
 import pathlib
 import random
+import shlex
 import time
 from argparse import SUPPRESS, Namespace
 
 import train
-from flags import Run, UserError, check_values, json_lines, read_lines, write_whole
+from flags import Run, UserError, check_values, export_command, json_lines, read_lines, write_whole
 
 PARTS = "none", "trace", "truth", "plain"
 NONE, TRACE, TRUTH, PLAIN = range(4)  # what an id of a lesson belongs to; NONE is not trained
@@ -49,7 +50,9 @@ def parse_flags():
     parser = flags()
     args = parser.parse_args()
     if args.resume:
-        return parser.resumed(args, train.MAY_CHANGE)
+        args = parser.resumed(args, train.MAY_CHANGE)
+        check_values(args, ())
+        return args
     given = {flag.removeprefix("--").removeprefix("no-") for flag in parser.given()}
     if len(given & {"data", "truths"}) != 1:
         raise UserError("give either --data, a file of traces, or --truths, the folder of a run")
@@ -64,9 +67,9 @@ def parse_flags():
 
 
 def read_traces(file):
-    traces, keys = read_lines(file), {"prefix", "sep", "truth", "think", "closed", "run"}
-    if not traces or any(keys - trace.keys() for trace in traces):
-        raise UserError(f"--data {file}: must have lines with {', '.join(sorted(keys))}, as tools.traces writes them")
+    traces = read_lines(file, "traces")
+    if not traces:
+        raise UserError(f"--data {file} has no traces; give a file that tools.traces wrote")
     return traces
 
 
@@ -160,6 +163,7 @@ if __name__ == "__main__":
         order = [trace for _ in range(num_epochs) for trace in rng.sample(traces, len(traces))]
 
     out_dir = pathlib.Path(args.resume) if args.resume else make_out_dir(args.out_dir, "sft")
+    explain_failures(out_dir)
     nothing, first_step = torch.nn.Module(), 0  # `nothing` stands for the discriminator's head and the baseline
     if args.resume:
         lock(out_dir)
@@ -169,7 +173,6 @@ if __name__ == "__main__":
     files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8")
              for name in ["metrics"] + ["rollouts"] * bool(args.truths)}
     write_args(out_dir, args, device)
-    explain_failures(out_dir)
 
     # the loop; after the last step comes one more evaluation
     best, best_step, options = math.inf, 0, dict(size=args.micro_batch or B, temperature=args.temperature)
@@ -218,4 +221,4 @@ if __name__ == "__main__":
         print(f"step {step}/{args.num_steps} | loss {row['loss']:.3f} | kl {row['kl'] or 0:.4f} | {seconds:.1f} s",
               flush=True)
     print(f"{out_dir}/ckpt is from after {best_step} steps; next: "
-          + (f"python evaluate.py {out_dir}" if args.truths else f"python -m tools.export {out_dir} --merge DIR"))
+          + (f"python evaluate.py {shlex.quote(str(out_dir))}" if args.truths else export_command(out_dir)))

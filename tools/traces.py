@@ -81,8 +81,9 @@ def read_windows(run, max_windows, seed):
     found = {}
     for source in ("rollouts", "floor"):
         for r in getattr(run, source):
-            thought = dict(think=r["think"], closed=r["think_closed"], source=source)
-            found.setdefault((r["prefix"], r["sep"], r["truth"]), {}).setdefault(words(r["think"]), thought)
+            think = r.get("think") or ""
+            thought = dict(think=think, closed=bool(r.get("think_closed")), source=source)
+            found.setdefault((r["prefix"], r["sep"], r["truth"]), {}).setdefault(words(think), thought)
     windows = [dict(zip(KEYS, texts), thoughts=thoughts) for texts, thoughts in found.items()]
     chosen = random.Random(f"windows {seed}").sample(range(len(windows)), min(max_windows or len(found), len(found)))
     return [windows[i] for i in sorted(chosen)]
@@ -204,7 +205,11 @@ if __name__ == "__main__":
             candidates += score(player.model, writer, window | {"run": args.run}, number)
 
     traces, dropped = select(candidates, args)
-    write_whole(pathlib.Path(args.out), json_lines(traces))
-    print(f"{args.out}: {len(traces)} traces for {len(windows)} windows; candidates dropped: {dropped}")
+    print(f"{len(traces)} traces for {len(windows)} windows; candidates dropped: {dropped}")
     for name, rows in ("candidates", candidates), ("traces", traces):
         print(f"{len(rows)} {name}, mean lift {sum(row['lift'] for row in rows) / max(len(rows), 1):.3f}")
+    try:
+        write_whole(pathlib.Path(args.out), json_lines(traces))
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written ({error}); make room, or name another file") from None
+    print(args.out)

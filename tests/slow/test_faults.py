@@ -113,6 +113,17 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_loads(whole, tmp_path):
     resumes_to_the_same_end(out, whole)
 
 
+@pytest.mark.parametrize("where, number, do, said", [
+    ("checkpoint, 'save_file'", 1, "raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))", "no checkpoint yet"),
+    ("checkpoint, 'write_args'", 1, "raise OSError(errno.EROFS, os.strerror(errno.EROFS))", "no checkpoint yet"),
+    ("reward, 'policy_loss'", 1, "__import__('shutil').rmtree(sys.argv[-1]); return call()", "was moved, deleted"),
+    ("reward, 'policy_loss'", 1, "os.rename(sys.argv[-1], sys.argv[-1] + '2'); return call()", "was moved, deleted")])
+def test_a_run_that_cannot_save_says_what_is_left(where, number, do, said, tmp_path):
+    ended = faulty(where, number, do, tmp_path / "run")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and said in ended.stderr, ended.stderr
+    assert "intact" not in ended.stderr
+
+
 def test_two_processes_on_one_folder_are_refused(whole):
     import fcntl
     held = os.open(whole, os.O_RDONLY)

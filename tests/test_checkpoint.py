@@ -1,0 +1,227 @@
+"""Checkpoints of a small made-up run: what is saved, what is refused before anything is cut, and how a run ends."""
+import copy
+import errno
+import json
+import os
+import shutil
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+import checkpoint
+from model import Player
+from reward import Baseline
+
+FLAGS = dict(prompt="{text}", num_steps=3, d_warmup=1, batch_size=4, rank=4)
+ADAM = dict(optim="adam", grad_clip=1.0, beta1=0.9, beta2=0.9, dtype="fp32")
+
+
+@pytest.fixture
+def run(tiny, tmp_path, request):
+    """A run after its second step: its folder, players, judge, baseline and open files; no checkpoint yet."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "args.json").write_text(json.dumps({"args": FLAGS | {"model": "demo"}, "command": ["x/train.py"]}))
+    files = [open(out / f"{name}.jsonl", "a", 1) for name in ("metrics", "rollouts")]
+    for file in files:
+        file.write('{"step": 0}\n{"step": 1}\n')
+    players = [Player(*tiny, name) for name in ("generator", "discriminator")]
+    judge, baseline = torch.nn.Linear(8, 2), Baseline(0.9, True)
+    for player, head in zip(players, ((), judge.parameters())):
+        player.optimize(0.1, Namespace(**ADAM | getattr(request, "param", {})), head)
+        player.activate()
+        player.backward(sum(p.sum() for p in player.params))
+        player.step(1.0)
+    baseline.load_state_dict({"mean": 0.5, "variance": 0.25})
+    yield out, players, judge, baseline, files
+    for file in files:
+        file.close()
+
+
+def ends(call, capsys, status=2):
+    """The one line that a call ends with."""
+    with pytest.raises(SystemExit) as end:
+        call()
+    err = capsys.readouterr().err
+    assert end.value.code == status and err.count("\n") == 1, err
+    return err
+
+
+def all_bytes(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def first(state, player=0):
+    return state["players"][player]["optimizer"]["state"][0]
+
+
+def scaled(state, **values):
+    state["players"][0]["scaler"] = values
+
+
+DAMAGE = {  # what is done to state.pt
+    "a file of the user's": lambda s, out: s["lengths"].update({str(out / "args.json"): 0}),
+    "another file of the run": lambda s, out: s["lengths"].update({"args.json": 0}),
+    "no length": lambda s, out: s["lengths"].pop("rollouts.jsonl"),
+    "a bool": lambda s, out: s["lengths"].update({"metrics.jsonl": True}),
+    "a float": lambda s, out: s["lengths"].update({"metrics.jsonl": 0.0}),
+    "negative": lambda s, out: s["lengths"].update({"rollouts.jsonl": -1}),
+    "too long": lambda s, out: s["lengths"].update({"rollouts.jsonl": 99}),
+    "within a line": lambda s, out: s["lengths"].update({"rollouts.jsonl": 5}),
+    "a list of lengths": lambda s, out: s.update(lengths=["metrics.jsonl", "rollouts.jsonl"]),
+    "a link": lambda s, out: ((out / "rollouts.jsonl").rename(out.parent / "x"),
+                              (out / "rollouts.jsonl").symlink_to(out.parent / "x")),
+    **{f"step {step!r}": lambda s, out, step=step: s.update(step=step) for step in (
+        -2, 0, 1, 3, 4, 2.0, True, "2", None, 10 ** 30)},
+    **{f"baseline {mean} {variance}": lambda s, out, pair=(mean, variance): s.update(
+        baseline=dict(zip(("mean", "variance"), pair))) for mean, variance in (
+        (float("nan"), 1.0), (0.5, -1.0), ("x", "y"), (None, 1.0), (float("inf"), 1.0), ([], 1.0))},
+    "no baseline": lambda s, out: s.pop("baseline"),
+    "a moment of another shape": lambda s, out: first(s).update(exp_avg=torch.zeros(3)),
+    "a moment of another type": lambda s, out: first(s).update(exp_avg=torch.zeros_like(first(s)["exp_avg"]).int()),
+    "a moment that is nan": lambda s, out: first(s)["exp_avg_sq"].view(-1)[0].fill_(float("nan")),
+    "no moment": lambda s, out: first(s).pop("exp_avg"),
+    "a moment too many": lambda s, out: first(s, 1).update(mine=torch.zeros(1)),
+    "a negative count": lambda s, out: first(s)["step"].fill_(-5),
+    "a parameter too many": lambda s, out: s["players"][0]["optimizer"]["state"].update({999: first(s)}),
+    "no optimiser": lambda s, out: s["players"][0].update(optimizer=None),
+    "bad steps": lambda s, out: s["players"][0].update(bad_steps="3"),
+    "bad steps below 0": lambda s, out: s["players"][0].update(bad_steps=-3),
+    "a loss scale": lambda s, out: scaled(s, scale=float("nan")),
+    "one player": lambda s, out: s["players"].pop(),
+    "a list of players": lambda s, out: s.update(players=3),
+    "format": lambda s, out: s.update(format=[2]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_one_line_and_nothing_is_cut(damage, run, capsys):
+    out, *rest, files = run
+    checkpoint.save(out, 2, *rest, files)
+    saved = torch.load(out / "ckpt" / "state.pt", weights_only=True)
+    DAMAGE[damage](saved, out)
+    torch.save(saved, out / "ckpt" / "state.pt")
+    files[1].write('{"step": 2}\n')
+    before = all_bytes(out)
+    err = ends(lambda: checkpoint.restore(out, *rest), capsys)
+    assert f"--resume {out}: ckpt cannot be used (" in err and all_bytes(out) == before
+
+
+@pytest.mark.parametrize("damage", ["nan", "size", "keys", "empty", "folder"])
+def test_a_damaged_head_or_adapter_is_one_line(damage, run, capsys):
+    from safetensors.torch import load_file, save_file
+    out, *rest, files = run
+    checkpoint.save(out, 2, *rest, files)
+    for file in (out / "ckpt/head.safetensors", out / "ckpt/generator/adapter_model.safetensors"):
+        weights, whole = load_file(file), file.read_bytes()
+        key = next(iter(weights))
+        file.unlink()
+        if damage == "folder":
+            file.mkdir()
+        elif damage == "empty":
+            file.write_bytes(b"")
+        else:
+            save_file(weights | {"nan": {key: weights[key] * float("nan")}, "size": {key: torch.zeros(7, 7)},
+                                 "keys": {"x": torch.zeros(1)}}[damage], file)
+        assert "ckpt cannot be used (" in ends(lambda: checkpoint.restore(out, *rest), capsys)
+        shutil.rmtree(file) if damage == "folder" else file.unlink()
+        file.write_bytes(whole)
+    assert checkpoint.restore(out, *rest) == 2
+
+
+@pytest.mark.parametrize("run", [{}, {"optim": "adam8bit"}, {"dtype": "fp16"}], indirect=True)
+def test_what_is_saved_is_restored_and_later_lines_are_cut(run):
+    out, players, judge, baseline, files = run
+    checkpoint.save(out, 2, players, judge, baseline, files)
+    whole, state = all_bytes(out), copy.deepcopy(players[0].optimizer.state[players[0].params[0]])
+    files[0].write('{"step": 2}\n{"st')
+    for player in players:
+        for p in player.params:
+            p.data += 1
+        player.optimizer.state.clear()
+    assert checkpoint.restore(out, players, judge, Baseline(0.9, True)) == 2
+    restored = players[0].optimizer.state[players[0].params[0]]
+    assert state.keys() == restored.keys() and all(torch.equal(*map(torch.as_tensor, (state[key], restored[key])))
+                                                   for key in state)
+    assert players[0].optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    files[0].seek(0, os.SEEK_END)
+    checkpoint.save(out, 2, players, judge, baseline, files)
+    assert {path: x for path, x in all_bytes(out).items() if path.name != "state.pt"} == {
+        path: x for path, x in whole.items() if path.name != "state.pt"}
+
+
+@pytest.mark.parametrize("what", ["removed", "moved", "replaced", "emptied", "made again"])
+def test_a_run_whose_files_are_gone_ends_at_its_next_checkpoint(what, run, capsys):
+    out, *rest = run
+    checkpoint.save(out, 2, *rest)
+    metrics = out / "metrics.jsonl"
+    if what == "moved":
+        out.rename(out.with_name("elsewhere"))
+    elif what == "replaced":  # as an editor saves a file
+        (out / "new").write_bytes(metrics.read_bytes())
+        (out / "new").rename(metrics)
+    elif what == "emptied":
+        metrics.write_text("")
+    else:
+        shutil.rmtree(out)
+        if what == "made again":
+            shutil.copytree(os.path.dirname(__file__), out, ignore=lambda *_: os.listdir(os.path.dirname(__file__)))
+    err = ends(lambda: checkpoint.save(out, 3, *rest), capsys)
+    assert f"{metrics} was moved, deleted or replaced" in err and "train.py --resume" in err or what != "replaced"
+    assert out.exists() == (what in ("replaced", "emptied", "made again")) and not (out / "ckpt.new").exists()
+
+
+@pytest.mark.parametrize("name", ["ckpt", "ckpt.old", "ckpt.new", "a file", "nowhere"])
+def test_a_link_in_the_place_of_a_checkpoint_is_removed_and_what_it_names_stays(name, run, tmp_path):
+    out, *rest, files = run
+    checkpoint.save(out, 2, *rest, files)
+    link, disk = out / (name if name.startswith("ckpt") else "ckpt"), tmp_path / "disk"
+    shutil.copytree(out / "ckpt", disk)
+    if link.exists():
+        shutil.rmtree(link)
+    link.write_text("") if name == "a file" else link.symlink_to(tmp_path / "no" if name == "nowhere" else disk)
+    before = all_bytes(disk)
+    if name == "ckpt":
+        assert checkpoint.restore(out, *rest) == 2
+    for _ in range(3):
+        checkpoint.save(out, 2, *rest, files)
+    assert checkpoint.restore(out, *rest) == 2 and all_bytes(disk) == before
+    assert sorted(path.name for path in out.iterdir()) == ["args.json", "ckpt", "metrics.jsonl", "rollouts.jsonl"]
+
+
+def test_a_full_disk_says_whether_there_is_a_checkpoint(run, monkeypatch, capsys):
+    out, *rest = run
+    save_file = checkpoint.save_file
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*args):
+        raise full
+
+    def hooked():
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        monkeypatch.setattr(sys, "excepthook", None)
+        checkpoint.explain_failures(out)
+        sys.excepthook(OSError, full, None)
+
+    for end in (lambda: checkpoint.save(out, 2, *rest), hooked):
+        monkeypatch.setattr(checkpoint, "save_file", fails)
+        err = ends(end, capsys)
+        assert "make room" in err and "there is no checkpoint yet" in err and "resume" not in err
+        monkeypatch.setattr(checkpoint, "save_file", save_file)
+        checkpoint.save(out, 2, *rest)
+        monkeypatch.setattr(checkpoint, "save_file", fails)
+        assert f"the last checkpoint is intact: python train.py --resume {out}" in ends(end, capsys)
+        shutil.rmtree(out / "ckpt")
+
+
+@pytest.mark.parametrize("where", ["weight", "moment", "head"])
+def test_what_is_not_finite_is_not_saved(where, run, capsys):
+    out, players, judge, *rest = run
+    checkpoint.save(out, 2, players, judge, *rest)
+    before, weight = all_bytes(out), players[1].params[0]
+    spoilt = {"weight": weight, "moment": players[1].optimizer.state[weight]["exp_avg"], "head": judge.bias}[where]
+    spoilt.data.view(-1)[0] = float("inf")
+    err = ends(lambda: checkpoint.save(out, 3, players, judge, *rest), capsys, status=1)
+    assert "not finite" in err and "the last checkpoint is intact" in err and all_bytes(out) == before
