@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flags import Run, UserError, escaped, first_line, read_json, resume_command, write_whole
-from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, load_adapter, load_players
+from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, digests, load_adapter, load_players, located, pinned
 
-FORMAT = 2
+FORMAT = 3
 
 
-def save(out_dir, step, players, judge, baseline, files):
+def save(out_dir, step, players, judge, baseline, stream, files):
     """Write out_dir/ckpt, the state before `step`.
 
     files: the run's append-only files, whose lengths are saved, so that a resumed run can cut off later lines.
@@ -51,7 +51,8 @@ def save(out_dir, step, players, judge, baseline, files):
             os.fsync(file.fileno())
         lengths = {pathlib.Path(file.name).name: file.tell() for file in files}
         torch.save({"format": FORMAT, "step": step, "lengths": lengths, "baseline": baseline.state_dict(),
-                    "players": [player.state_dict() for player in players]}, new / "state.pt")
+                    "stream": stream.state_dict(), "players": [player.state_dict() for player in players]},
+                   new / "state.pt")
         for path in [*new.rglob("*"), new]:
             fsync(path)
         if os.path.lexists(ckpt):
@@ -134,7 +135,7 @@ def load_weights(folder, players, judge=None):
         raise ValueError("a weight is not finite")
 
 
-def restore(out_dir, players, judge, baseline):
+def restore(out_dir, players, judge, baseline, stream):
     """Load what `save` wrote, cut the run's files back to that moment, and return the step to continue with.
 
     A checkpoint that is missing, cut short, or from another model or version is a one-line error, and cuts nothing.
@@ -161,6 +162,7 @@ def restore(out_dir, players, judge, baseline):
         if (mean, variance) != (None, None) and not (abs(mean) < math.inf and 0 <= variance < math.inf):
             raise ValueError(f"its baseline is {saved['baseline']}")
         baseline.load_state_dict(saved["baseline"])
+        stream.load_state_dict(saved["stream"])
         if not all_finite(players, judge):
             raise ValueError("a moment of an optimiser is not finite")
     except Exception as error:  # a damaged file raises whatever its readers come across
@@ -212,6 +214,7 @@ def load_player(player, state):
 
 def load_run(run, device):
     """The Players of a run (flags.Run) with its last checkpoint's adapters, to sample from and to judge with."""
+    pin(run.args)
     folder, players = latest(run.folder) or run.folder / "ckpt", load_players(run.args, device)
     try:
         load_weights(folder, players)
@@ -279,6 +282,25 @@ def provenance(device):
         "dirty": None if changes is None else bool(changes),
         "device": name,
     }
+
+
+def pin(args):
+    """Pin the models of a run: hub ids to their commits, and folders by digests of their files, in args.made_with.
+
+    For a run that has them already, a folder whose files have changed is refused.
+    """
+    args.made_with = getattr(args, "made_with", {})
+    for flag in ("model", "d_model", "featurizer"):
+        name = getattr(args, flag, None)
+        if name is None or flag == "featurizer" and (name == "base" or not args.seeds):
+            continue
+        setattr(args, flag, pinned(name, f"--{flag}"))
+        folder = located(name)[0]
+        found = digests(folder) if os.path.isdir(folder) else {}
+        if changed := [part for part, digest in found.items() if args.made_with.get(name, found).get(part) != digest]:
+            raise UserError(f"--{flag} {name}: its {' and '.join(changed)} are not those that this run was made with; "
+                            "restore them, or start another run")
+        args.made_with[name] = found
 
 
 def write_args(out_dir, args, device):

@@ -78,10 +78,10 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
     result = dict(floor=None, floor_sd=None, floor_interval=None)
     for name, score in scores.items():
         result |= {name: score["mauve"], f"{name}_sd": score["mauve_sd"], f"{name}_interval": score["interval"]}
-    kl = [row["kl"] for row in run.metrics if row["step"] >= last[0]["step"] and row["kl"] is not None]
+    kl = [row["kl"] for row in run.metrics if row["step"] >= last[0]["step"] and row.get("kl") is not None]
     result |= dict(
         num_sequences=n, num_last2000=len(window), fresh_num_sequences=len(fresh), num_steps=len(run.metrics),
-        featurizer=featurizer_name, num_seeds=seeds, seconds=sum(column(run.metrics, "seconds")),
+        featurizer=featurizer_name, num_seeds=seeds, seconds=sum(row.get("seconds") or 0 for row in run.metrics),
         kl=statistics.fmean(kl) if kl else None,
         num_empty={"truth": truth.count(""), **{name: texts[1].count("") for name, texts in compared.items()}})
     if floor and column(floor, "prefix") == column(last, "prefix"):
@@ -260,9 +260,9 @@ if __name__ == "__main__":
     if len(runs) > 1 and (flags.fresh or flags.curve):
         raise UserError("--fresh and --curve measure one run; leave them out to compare runs")
 
-    from checkpoint import explain_failures, load_run
+    from checkpoint import explain_failures, load_run, pin
     from model import checked_device, load_model
-    explain_failures(run.folder)
+    explain_failures()
     device = checked_device(device)
     check_featurizer(name)
     if flags.fresh:
@@ -270,6 +270,7 @@ if __name__ == "__main__":
         model, tokenizer = generator.model, generator.tokenizer
         sample_fresh(run, flags.fresh, generator)
     else:
+        pin(args)
         model, tokenizer = load_model(args.model, args.quant, args.dtype, device)
     if len(runs) > 1:
         compare_runs(runs, featurizer(name, model, tokenizer, device), seeds)

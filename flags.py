@@ -129,7 +129,7 @@ KNOWN = {  # keys that our scripts read, and what each must be; those with "?" m
     "result": "mauve:number num_steps:count? " + " ".join(
         f"{name}:number? {name}_sd:number? {name}_interval:interval?" for name in
         "mauve floor ceiling mauve_last2000 fresh fresh_ceiling".split()),
-    "mauve": "curve:curve?", "point": "step:count mauve:number interval:interval",
+    "mauve": "curve:curve?", "point": "step:count mauve:number interval:interval?",
 }
 KNOWN |= {"floor": KNOWN["rollouts"], "fresh": KNOWN["rollouts"] + " other_truth:words"}
 KINDS = {
@@ -239,11 +239,12 @@ def run_flags(folder, found, parser, every_choice=False):
     for name, action in flags.items():
         value, default = found.get(name, action.default), action.default
         kind = action.type if action.type in (int, float) else str if default is None else type(default)
+        kind = bool if isinstance(action, argparse.BooleanOptionalAction) else kind
         fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if kind is str:
             fits = KINDS["text"](value)
         if value is None:
-            fits = default is None and (name not in found or name not in ("prefix_tokens", "reasoning_tokens"))
+            fits = default is None and (name not in found or name not in ("prefix_tokens", "reasoning_tokens", "merge"))
         if name == "prompt" and name in found:
             fits = fits and value.count("{text}") == 1
         if fits and action.choices and (every_choice or name in ("quant", "dtype", "adapters")):

@@ -122,19 +122,26 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
 
 def check_featurizer(name):
     """Refuse a --featurizer that does not exist or cannot embed texts, from its config alone."""
-    from transformers import AutoConfig
-    if name != "base" and pretrained(AutoConfig, name).is_encoder_decoder:
+    from model import load_config
+    if name != "base" and load_config(name, "--featurizer").is_encoder_decoder:
         raise UserError(f"--featurizer {name} is an encoder-decoder; give an encoder, a decoder, or base")
 
 
-def pretrained(kind, name, **settings):
-    """The config, tokenizer or model of a --featurizer. No code from the hub is run."""
-    from model import DAMAGE
+def load_featurizer(name):
+    """The model and the tokenizer of a --featurizer."""
+    from transformers import AutoModel
+    from model import load_config, load_tokenizer, located
+    (path, revision), config, tokenizer = located(name), load_config(name, "--featurizer"), load_tokenizer(
+        name, "--featurizer")
     try:
-        return kind.from_pretrained(name, trust_remote_code=False, **settings)
-    except DAMAGE as error:
+        model, info = AutoModel.from_pretrained(path, revision=revision, config=config, use_safetensors=True,
+                                                output_loading_info=True)
+        if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
+            raise ValueError(f"{len(missing)} missing weights, {missing[0]} for one")
+    except Exception as error:
         raise UserError(f"--featurizer {name} could not be loaded ({first_line(error)}); give a model id, a folder, or "
                         "base, the run's own base model") from None
+    return model, tokenizer
 
 
 def featurizer(name, model, tokenizer, device, batch_size=32):
@@ -142,16 +149,14 @@ def featurizer(name, model, tokenizer, device, batch_size=32):
     states of `model`, adapters off; with a model id or folder: the state of the last of at most 1024 tokens.
     """
     import torch
-    from transformers import AutoModel, AutoTokenizer
     from data import bos_ids, plain_encoder
     from model import hidden_states, micro_batches, pad, positions, without_adapters
     base, known = name == "base", {}  # known: text to features (H,)
     if base:
         encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
     else:
-        model = pretrained(AutoModel, name, use_safetensors=True).to(device).eval()
-        model.config.use_cache = False
-        tokenizer = pretrained(AutoTokenizer, name)
+        model, tokenizer = load_featurizer(name)
+        model.to(device).eval().config.use_cache = False
         limit = min(1024, tokenizer.model_max_length, positions(model))
 
     def ids_of(text):
@@ -197,7 +202,8 @@ def repetition(sequences, n=4):
 def batch_metrics(samples, judged, ids):
     """Metrics of a sampled (rollout.Samples) and judged (discriminator.Judged) batch; ids: of its B completions."""
     roll, B = samples.roll, len(samples.texts)
-    return dict(
+    broken = {"broken": roll.broken.float().mean().item()} if roll.broken.any() else {}  # rows that overflowed
+    return broken | dict(
         p_real=judged.p_real[judged.read].mean().item(), think_closed=roll.think_closed.float().mean().item(),
         num_think=sum(map(len, roll.think)) / B, num_completion=sum(samples.sizes) / B, distinct_2=distinct(ids, 2))
 
@@ -214,8 +220,10 @@ def policy_metrics(stats, roll, with_kl):
 def self_bleu(texts, num_texts=100):
     """Mean BLEU-4 of each text against all the others (Zhu et al. 2018), by sacrebleu, on a fixed sample: 0 to 1."""
     from sacrebleu.metrics import BLEU
+    from data import words
     if len(texts) < 2:
         return None
+    texts = [" ".join(words(text)) for text in texts]
     texts, bleu = random.Random(0).sample(texts, min(num_texts, len(texts))), BLEU(effective_order=True)
     return statistics.fmean(bleu.sentence_score(text, texts[:i] + texts[i + 1:]).score
                             for i, text in enumerate(texts)) / 100

@@ -34,7 +34,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
-                          PreTrainedConfig)
+                          PreTrainedConfig, PreTrainedModel)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
@@ -77,7 +77,7 @@ def memory_gb(device):
 # -----------------------------------------------------------------------------
 # loading
 
-def source(name):
+def located(name):
     """Path and revision of an embedded model, a folder, a hub id, or a hub id with @ and a revision."""
     path, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
     return EMBEDDED.get(path, path), revision or "main"
@@ -85,10 +85,11 @@ def source(name):
 
 def pinned(name, flag):
     """A hub id with the commit that it stands for now; any other name as it is."""
-    path, revision = source(name)
+    path, revision = located(name)
     load_config(name, flag)  # says what is wrong with the name
-    commit = None if os.path.isdir(path) else extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
-    return f"{path}@{commit}" if commit else name
+    if os.path.isdir(path):
+        return name
+    return f"{path}@{extract_commit_hash(cached_file(path, 'config.json', revision=revision), None)}"
 
 
 def digests(folder):
@@ -105,7 +106,7 @@ def digests(folder):
 
 def load_tokenizer(name, flag="--model"):
     """The tokenizer of a hub id, a folder, or an embedded model; `flag` is the one that named it."""
-    path, revision = source(name)
+    path, revision = located(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not tokenizer("text").input_ids:
@@ -116,8 +117,8 @@ def load_tokenizer(name, flag="--model"):
 
 
 def load_config(name, flag):
-    """The config of a model: no dropout, and the attention kernel that transformers prefers, not one that it asks for."""
-    path, revision = source(name)
+    """The config of a model, without dropout, and with transformers' own attention, whatever kernel it asks for."""
+    path, revision = located(name)
     try:
         adapter = find_adapter_config_file(path, revision=revision)
         config = None if adapter else AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -150,7 +151,7 @@ def load_model(name, quant, dtype, device, flag="--model"):
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quant]
-    (path, revision), config, tokenizer = source(name), load_config(name, flag), load_tokenizer(name, flag)
+    (path, revision), config, tokenizer = located(name), load_config(name, flag), load_tokenizer(name, flag)
     disable_progress_bar()
     set_verbosity_error()  # it would print a table where weights are missing
     try:
@@ -159,7 +160,7 @@ def load_model(name, quant, dtype, device, flag="--model"):
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
         for word in ("missing", "unexpected"):
             if keys := sorted(info[f"{word}_keys"]):
-                raise ValueError(f"{len(keys)} {word} weights, {keys[0]} for one: they are not those of its config.json")
+                raise ValueError(f"{len(keys)} {word} weights, {keys[0]} for one; config.json does not fit the weights")
         model.requires_grad_(False)
         model.eval()
         for module in model.modules():  # bitsandbytes would repack nf4 weights for AVX512, in a form without a gradient
@@ -178,8 +179,8 @@ def check_model(model, tokenizer, quant, dtype):
     """Raise a ValueError for a model whose log-probs token_stats cannot compute. A factor on all logits is kept."""
     rows, ids = len(model.get_input_embeddings().weight), torch.tensor([tokenizer(PROBE).input_ids])  # (1, T)
     if (largest := max(tokenizer.get_vocab().values())) >= min(rows, len(head_weights(model)[0])):
-        raise ValueError(f"the tokenizer has ids up to {largest}, and the model {rows} rows of embeddings; enlarge them "
-                         "with resize_token_embeddings, or remove the tokens that were added")
+        raise ValueError(f"the tokenizer has ids up to {largest}, and the model {rows} rows of embeddings; add rows with "
+                         "resize_token_embeddings, or remove the tokens that were added")
     ids, tolerance = ids[:, :64].to(model.device), 1e-3 if (quant, dtype) == ("none", "fp32") else 0.05
     theirs, hidden = model(ids, use_cache=False).logits.float(), hidden_states(model, ids)  # (1, T, V), (1, T, H)
     early = hidden_states(model, ids[:, :8])  # (1, 8, H)
@@ -374,7 +375,8 @@ def causal_lm(model):
 
 def backbone(model):
     """The part of a causal LM that turns ids into hidden states."""
-    return causal_lm(model).get_decoder()
+    decoder = causal_lm(model).get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else causal_lm(model).base_model
 
 
 # -----------------------------------------------------------------------------

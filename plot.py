@@ -94,7 +94,8 @@ def plot_mauve(axes, runs, colours):
     for i, (run, colour) in enumerate(zip(runs, colours)):
         scores = {name: run.result[name] for name in SCORES if finite(run.result.get(name))}
         if curve := run.mauve.get("curve"):
-            steps, means, low, high = zip(*((point["step"], point["mauve"], *point["interval"]) for point in curve))
+            steps, means = zip(*((point["step"], point["mauve"]) for point in curve))
+            low, high = zip(*(point["interval"] or [point["mauve"]] * 2 for point in curve))
             axes.plot(steps, means, ".-", color=colour)
             axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         for name in [name for name in ("floor", "ceiling") if name in scores]:

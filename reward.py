@@ -40,7 +40,7 @@ class Baseline:
     """Moving averages of the batch's mean reward and of its squared distance from that average.
 
     The average that a batch is compared with is from before the batch, except that the first batch starts it. The
-    variance includes the batch, so that an advantage stays below sqrt(B / (1 - decay)) even where all rewards were equal
+    variance includes the batch, so that an advantage stays below sqrt(B / (1 - decay)) even if all rewards were equal
     until now.
     """
 

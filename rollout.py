@@ -77,7 +77,8 @@ class Reply:
 
     def __init__(self, rows, rules, reasoning_tokens, completion_tokens, temperature, model):
         self.rules, self.R, self.C, self.greedy = rules, reasoning_tokens, completion_tokens, temperature == 0
-        self.divisor, (self.weight, self.bias) = divisor(model, temperature), head_weights(model, rules.blocked.shape[1])
+        self.divisor = divisor(model, temperature)
+        self.weight, self.bias = head_weights(model, rules.blocked.shape[1])  # (V, H), (V,) or None
         self.budget = reasoning_tokens + len(rules.close) + completion_tokens
         # with no thinking budget the closing is part of the prompt
         self.forced_prefix = rules.close.tolist() if reasoning_tokens == 0 else []
@@ -97,7 +98,8 @@ class Reply:
 
     def reset(self, uniform):
         self.uniform.copy_(uniform)
-        for tensor in (self.done, self.broken, self.think_closed, self.num_think, self.num_completion, *self.out.values()):
+        flags = self.done, self.broken, self.think_closed
+        for tensor in (*flags, self.num_think, self.num_completion, *self.out.values()):
             tensor.zero_()
         self.t.fill_(len(self.forced_prefix))
         self.out["alive"][:, :len(self.forced_prefix)] = True
@@ -209,7 +211,7 @@ class Writer:
         roll = rollout(self.sampler, prompts, self.rules, args.reasoning_tokens,
                        args.completion_tokens + args.echo_tokens, args.temperature, keys)
         if roll.broken.all():
-            raise UserError(f"--dtype {args.dtype}: the states of --model {args.model} are not finite; try another dtype")
+            raise UserError(f"--dtype {args.dtype}: the states of {args.model} are not finite; try another --dtype")
         texts, sizes, num_sampled = [], [], roll.sampled.sum().item()
         for i, (window, reply) in enumerate(zip(windows, roll.reply)):
             whole = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
@@ -311,10 +313,11 @@ def strip_echo(reply, prefix, max_words):
 def probe(writer, player, windows, judge=None):
     """Refuse a model that the run would misread: sample, score, train and judge three sequences as the run will do it.
 
-    Their lengths differ, the longest is as long as any of the run's, and the adapter has visible weights. Nothing stays.
+    Their lengths differ, the longest is as long as the run's longest, and the adapter has visible weights. Nothing stays.
     """
     args, most = writer.args, writer.max_tokens - writer.max_reply
-    prompts, text = [writer.prompt_ids(w.prefix) for w in windows], "\n".join(w.prefix + w.sep + w.truth for w in windows)
+    prompts = [writer.prompt_ids(w.prefix) for w in windows]
+    text = "\n".join(w.prefix + w.sep + w.truth for w in windows)
     prompts[0] = (prompts[0] + writer.encode(text)[0] * most)[:most + args.completion_tokens]
     prompts[1] = prompts[1][:-len(prompts[1]) // 4]
     params = adapter_parameters(player.model, player.adapter)
@@ -323,7 +326,8 @@ def probe(writer, player, windows, judge=None):
         player.activate()
         for p in params:
             p.data += 0.03 * torch.randn(p.shape, generator=rng).to(p.device)
-        gaps, (share, names) = log_prob_gaps(writer.sampler, player, writer.rules, prompts, args), untrained(player.model)
+        gaps = log_prob_gaps(writer.sampler, player, writer.rules, prompts, args)
+        share, names = untrained(player.model)
         if judge:
             judge.player.activate()
             judged = judge.score(windows, [window.truth for window in windows[1:] + windows[:1]], 0)
@@ -332,7 +336,7 @@ def probe(writer, player, windows, judge=None):
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UserError(f"--model {args.model} cannot be used here: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"--model {args.model} cannot be used: {type(error).__name__}: {first_line(error)}") from None
     finally:
         for p, old in zip(params, kept):
             p.data.copy_(old)

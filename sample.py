@@ -75,7 +75,7 @@ if __name__ == "__main__":
         if not given.strip():
             raise UserError(f"--file {flags.file} is empty; give a file with some text")
 
-    from checkpoint import explain_failures, load_run, load_weights
+    from checkpoint import explain_failures, latest, load_run, load_weights
     from data import Window, clean, prompt_template
     from discriminator import make_judge
     from model import DAMAGE, DTYPES, checked_device, load_players
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     judge = make_judge(args, discriminator, sampler) if flags.best_of > 1 else None
     if judge:
         try:
-            load_weights(run.folder / "ckpt", [], judge)
+            load_weights(latest(run.folder), [], judge)
         except DAMAGE as error:
             raise UserError(f"{run.folder} has no usable discriminator: {first_line(error)}") from None
     players = {"base": None, "trained": generator.adapter}

@@ -54,7 +54,7 @@ def flags(words=None):
     add("--prefix_tokens", type=int, default=None, help="length of a prefix (default: same as --completion_tokens)")
     add("--reasoning_tokens", type=int, default=None, help="thinking budget, 0: none (default: 256; with plain: 0)")
     add("--completion_tokens", type=int, default=256, help="completion budget")
-    add("--echo_tokens", type=int, default=16, help="extra budget for an echo of the prefix, in words and tokens (0: off)")
+    add("--echo_tokens", type=int, default=16, help="extra budget for an echo of the prefix, words and tokens (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
     add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
@@ -63,7 +63,8 @@ def flags(words=None):
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
-    add("--merge", action=Switch, default=True, help="sample from a merged copy of the weights: faster, more memory")
+    add("--merge", action=Switch, default=None,
+        help="sample from merged weights; in 16 bits rounding loses small changes (default: in fp32 only)")
     add = parser.add_argument_group("discriminator").add_argument
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
@@ -108,9 +109,10 @@ def parse_flags(words=None):
     args = parser.parse_args()
     if args.resume:
         args = parser.resumed(args, MAY_CHANGE)
-    for name, default in dict(prefix_tokens=args.completion_tokens, reasoning_tokens=256).items():
+    for name, default in dict(prefix_tokens=args.completion_tokens, reasoning_tokens=256,
+                              merge=args.dtype == "fp32").items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    check(args)
+    check(args, parser.given())
     return args
 
 
@@ -125,7 +127,7 @@ if __name__ == "__main__":
     import torch
     from tqdm import tqdm
 
-    from checkpoint import Signals, Tracker, explain_failures, lock, make_out_dir, restore, save, write_args
+    from checkpoint import Signals, Tracker, explain_failures, lock, make_out_dir, pin, restore, save, write_args
     from data import plain_encoder, prompt_notes, prompt_template, windows
     from discriminator import make_judge
     from evaluate import evaluate
@@ -143,6 +145,7 @@ if __name__ == "__main__":
     explain_failures()
     if args.seeds:
         check_featurizer(args.featurizer)
+    pin(args)  # a run is resumed and measured with the very models that it began with
     tokenizer = load_tokenizer(args.model)
     args.prompt = prompt_template(args.prompt, tokenizer)
     stream = windows(args, plain_encoder(tokenizer))
@@ -165,7 +168,7 @@ if __name__ == "__main__":
     if args.resume:
         out_dir = pathlib.Path(args.resume)
         lock(out_dir)
-        first_step = restore(out_dir, players, judge, baseline)
+        first_step = restore(out_dir, players, judge, baseline, stream)
     else:
         out_dir = make_out_dir(args.out_dir, args.preset)
     explain_failures(out_dir)
@@ -173,7 +176,7 @@ if __name__ == "__main__":
              ["metrics", "rollouts"] + ["verdicts"] * (args.disc == "reason")}
     if not args.resume:
         args.track_id = secrets.token_hex(4)
-        save(out_dir, first_step, players, judge, baseline, files.values())
+        save(out_dir, first_step, players, judge, baseline, stream, files.values())
     write_args(out_dir, args, device)
     signals, tracker = Signals(), Tracker(args, out_dir)  # from here on the run can be resumed
     num_trained = sum(p.numel() for p in {*generator.params, *discriminator.params})
@@ -267,7 +270,7 @@ if __name__ == "__main__":
         # save
         due = args.save_every and (step + 1) % args.save_every == 0 and not skipped
         if signals.stop or step + 1 == args.num_steps or due:
-            save(out_dir, step + 1, players, judge, baseline, files.values())
+            save(out_dir, step + 1, players, judge, baseline, stream, files.values())
         if signals.stop:
             signals.leave(f"after step {step}", out_dir)
 

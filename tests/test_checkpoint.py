@@ -35,7 +35,7 @@ def run(tiny, tmp_path, request):
         player.backward(sum(p.sum() for p in player.params))
         player.step(1.0)
     baseline.load_state_dict({"mean": 0.5, "variance": 0.25})
-    yield out, players, judge, baseline, files
+    yield out, players, judge, baseline, torch.nn.Module(), files  # the last but one: a stream without a place
     for file in files:
         file.close()
 
@@ -133,21 +133,21 @@ def test_a_damaged_head_or_adapter_is_one_line(damage, run, capsys):
 
 @pytest.mark.parametrize("run", [{}, {"optim": "adam8bit"}, {"dtype": "fp16"}], indirect=True)
 def test_what_is_saved_is_restored_and_later_lines_are_cut(run):
-    out, players, judge, baseline, files = run
-    checkpoint.save(out, 2, players, judge, baseline, files)
+    out, players, judge, baseline, stream, files = run
+    checkpoint.save(out, 2, players, judge, baseline, stream, files)
     whole, state = all_bytes(out), copy.deepcopy(players[0].optimizer.state[players[0].params[0]])
     files[0].write('{"step": 2}\n{"st')
     for player in players:
         for p in player.params:
             p.data += 1
         player.optimizer.state.clear()
-    assert checkpoint.restore(out, players, judge, Baseline(0.9, True)) == 2
+    assert checkpoint.restore(out, players, judge, Baseline(0.9, True), stream) == 2
     restored = players[0].optimizer.state[players[0].params[0]]
     assert state.keys() == restored.keys() and all(torch.equal(*map(torch.as_tensor, (state[key], restored[key])))
                                                    for key in state)
     assert players[0].optimizer.param_groups[0]["betas"] == (0.9, 0.9)
     files[0].seek(0, os.SEEK_END)
-    checkpoint.save(out, 2, players, judge, baseline, files)
+    checkpoint.save(out, 2, players, judge, baseline, stream, files)
     assert {path: x for path, x in all_bytes(out).items() if path.name != "state.pt"} == {
         path: x for path, x in whole.items() if path.name != "state.pt"}
 

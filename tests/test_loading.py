@@ -13,7 +13,7 @@ from data import Window
 from discriminator import make_judge
 from flags import UserError
 from model import (Player, add_adapters, checkpoint_layers, digests, hidden_states, load_model, load_tokenizer, pinned,
-                   source, token_stats)
+                   located, token_stats)
 from rollout import Writer, probe
 from sampler import Sampler
 
@@ -203,7 +203,7 @@ def test_a_hub_id_is_pinned_to_its_commit_and_a_folder_by_its_files(folder, tmp_
     shutil.copytree(folder, cache / "snapshots" / ("a" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert pinned("some/base", "--model") == pinned("some/base@main", "--model") == "some/base@" + "a" * 40
-    assert source("some/base@v1") == ("some/base", "v1") and source("demo")[1] == "main"
+    assert located("some/base@v1") == ("some/base", "v1") and located("demo")[1] == "main"
     assert pinned(str(folder), "--model") == str(folder)
     before = digests(folder)
     scale(folder, "model.norm.weight", 1.001)

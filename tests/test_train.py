@@ -77,7 +77,7 @@ def vanish():
     raise SystemExit(137)
 
 
-@pytest.mark.parametrize("flags", ["", "--adapters shared", "--disc reason --d_model demo-small"])
+@pytest.mark.parametrize("flags", ["", "--adapters shared --deterministic", "--disc reason --d_model demo-small"])
 def test_a_resumed_run_equals_one_that_was_never_stopped(flags, train, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert train(*flags.split(), "--save_every", 1, "--out_dir", whole).status == 0
@@ -116,12 +116,12 @@ def test_real_pile_documents_and_another_architecture_train(train, tmp_path):
 
 
 def test_hostile_text_trains_or_is_left_out_and_never_reaches_the_terminal(train, tmp_path):
-    words = ("alpha \x1b[31mbeta \x07gamma\x00 \u202edelta\u202c <|im_end|> <think> </think> </prefix> <|im_start|>user "
+    words = ("alpha \x1b[31mbeta \x07gamma \u202edelta\u202c <|im_end|> <think> </think> </prefix> <|im_start|>user "
              "\r\n \u2028 \u0085 \ufffd ").split(" ")
     texts = ["", " " * 3000, "word " * 3000, "x" * 5000, "\u05d0\u05d1 \u200f" * 500,
-             *(" ".join(words[i % 7:] * 40) for i in range(160))]
+             *(" ".join(words[i % 7:] * 40) + "\0" for i in range(260))]
     data = [json.dumps({"text": text}).encode() for text in texts]
-    (tmp_path / "hostile.jsonl").write_bytes(b"\n".join([*data, b'{"text": "' + b"\xff broken utf-8 " * 200 + b'"}', b"{torn"]))
+    (tmp_path / "hostile.jsonl").write_bytes(b"\n".join([*data, b'{"text": "' + b"\xff broken utf-8 " * 200 + b'"}', b"{torn", b""]))
     ended = train("--data", tmp_path / "hostile.jsonl")
     assert ended.status == 0 and "left out" in ended.err, ended.err
     assert all(c.isprintable() or c in "\n\r" for c in ended.out + ended.err.replace("\x1b[A", ""))  # tqdm's own

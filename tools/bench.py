@@ -78,8 +78,8 @@ from transformers.utils import logging
 from checkpoint import explain_failures, provenance
 from data import Window
 from discriminator import Head
-from model import (CHUNK_BYTES, DTYPES, Player, add_adapters, causal_lm, checked_device, checkpoint_layers, load_model,
-                   micro_batches, positions, token_stats)
+from model import (CHUNK_BYTES, DTYPES, Player, add_adapters, backbone, causal_lm, checked_device, checkpoint_layers,
+                   load_model, micro_batches, positions, token_stats)
 from reward import Baseline, generator_reward, policy_loss
 from rollout import Rules, rollout, sampled_stats
 from sampler import Sampler
@@ -205,8 +205,8 @@ class Game:
             clock("judge")
         self.generator.activate()
         advantage = self.baseline.advantages(reward, torch.ones_like(reward, dtype=torch.bool))  # (B,)
-        backbone = causal_lm(self.model).base_model  # its pass without gradient is the reference's
-        with backbone.register_forward_hook(lambda *_: clock("generator" if torch.is_grad_enabled() else "reference")):
+        decoder = backbone(self.model)  # its pass without gradient is the reference's
+        with decoder.register_forward_hook(lambda *_: clock("generator" if torch.is_grad_enabled() else "reference")):
             for rows in micro_batches(range(args.batch_size), args.micro_batch):
                 stats = sampled_stats(self.model, roll, rows, self.rules, args.temperature, args.kl_coef > 0)  # (N,)
                 weights = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
@@ -276,7 +276,7 @@ def log_probs(head, ids):
 
     def ours(hidden):
         states = SimpleNamespace(last_hidden_state=F.pad(hidden, (0, 0, 0, 1))[None])  # (1, N + 1, H)
-        model = SimpleNamespace(base_model=lambda **_: states, get_output_embeddings=lambda: head)
+        model = SimpleNamespace(get_decoder=str, base_model=lambda **_: states, get_output_embeddings=lambda: head)
         return token_stats(model, ids, mask).logp  # (N,)
 
     def plain(hidden):

@@ -89,8 +89,8 @@ def public(value):
 def card(title, args):
     """The model card: what this is, and each run's scores, settings and prompt."""
     base, library = args.sources[0].base, "peft" if args.save_adapter else "transformers"
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not os.path.isdir(EMBEDDED.get(base, base))
-    link = f"base_model: {base}\n" if is_id else ""
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\w+)?", base) and not os.path.isdir(EMBEDDED.get(base, base))
+    link = f"base_model: {located(base)[0]}\n" if is_id else ""
     parts = " ".join(f"{source.weight:+g} x {source.folder.name} of {source.run.name}" for source in args.sources)
     method = f"TIES, density {args.density:g}" if args.method == "ties" else "sum"
     text = (f"---\n{link}library_name: {library}\npipeline_tag: text-generation\ntags: [forger]\n---\n\n"
@@ -115,7 +115,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from model import DAMAGE, EMBEDDED, load_adapter, load_model
+from model import DAMAGE, EMBEDDED, load_adapter, load_model, located
 from rollout import rules
 
 from peft import LoraConfig, get_peft_model  # after model, which silences bitsandbytes
@@ -187,7 +187,8 @@ def save_sum(args, folder):
             factors = [source.weight * config.lora_alpha / config.r ** 0.5 for source, config in zip(sources, configs)]
             tensors[key] = torch.cat([x * adapter[key] for x, adapter in zip(factors, adapters)], 1)  # (O, R)
     config, rank, base = configs[0], sum(config.r for config in configs), sources[0].base
-    config.r, config.lora_alpha, config.base_model_name_or_path = rank, math.sqrt(rank), EMBEDDED.get(base, base)
+    config.base_model_name_or_path, config.revision = located(base)
+    config.r, config.lora_alpha = rank, math.sqrt(rank)
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return f"one adapter of rank {rank}"

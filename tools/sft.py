@@ -78,11 +78,11 @@ if __name__ == "__main__":
 
 import torch
 
-from checkpoint import explain_failures, lock, make_out_dir, restore, save, write_args
+from checkpoint import explain_failures, lock, make_out_dir, pin, restore, save, write_args
 from data import Window, bos_ids, prompt_template
 from model import DTYPES, checked_device, load_players, memory_gb, pad, token_stats
 from reward import policy_loss
-from rollout import COMPLETION, THINKING, Writer
+from rollout import COMPLETION, THINKING, Writer, probe
 from sampler import Sampler
 
 
@@ -141,6 +141,7 @@ if __name__ == "__main__":
     B, device, exam = args.batch_size, checked_device(args.device), []
     explain_failures()
     torch.manual_seed(args.seed)
+    pin(args)
     player, _ = load_players(args, device)
     args.prompt = prompt_template(args.prompt, player.tokenizer)
     sampler = Sampler(player.model, DTYPES[args.dtype], args.merge) if args.truths else player  # traces need no sampler
@@ -151,6 +152,7 @@ if __name__ == "__main__":
         windows = [Window(r["prefix"], r["sep"], r["truth"]) for r in Run(args.truths).rollouts]
         if len(windows) < args.num_steps * B:
             raise UserError(f"{args.truths} has {len(windows)} of {args.num_steps * B} sequences; finish it first")
+        probe(writer, player, windows[:3])
     else:
         traces, held_out = [], []
         for trace in read_traces(args.traces):  # what is held out depends on the prefix alone, whatever the seed
@@ -164,10 +166,10 @@ if __name__ == "__main__":
 
     out_dir = pathlib.Path(args.resume) if args.resume else make_out_dir(args.out_dir, "sft")
     explain_failures(out_dir)
-    nothing, first_step = torch.nn.Module(), 0  # `nothing` stands for the discriminator's head and the baseline
+    nothing, first_step = torch.nn.Module(), 0  # `nothing` stands for the discriminator's head, baseline and stream
     if args.resume:
         lock(out_dir)
-        first_step = restore(out_dir, [player], nothing, nothing)
+        first_step = restore(out_dir, [player], nothing, nothing, nothing)
     elif args.truths:  # evaluate.py compares with the run's floor
         write_whole(out_dir / "floor.jsonl", json_lines(Run(args.truths).floor))
     files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8")
@@ -189,7 +191,7 @@ if __name__ == "__main__":
             print(f"after {step} steps | " + " | ".join(f"{key} {x:.3f}" for key, x in row.items() if key != "step"))
         if due and (not exam or row["held"] < best):
             best, best_step = row.get("held"), step
-            save(out_dir, step, [player], nothing, nothing, files.values())
+            save(out_dir, step, [player], nothing, nothing, nothing, files.values())
         if step == args.num_steps:
             files["metrics"].write(json_lines([row] if exam else []))
             break

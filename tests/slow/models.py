@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flags import UserError, first_line
+from flags import Parser, UserError, first_line
 from model import Player, adapter_parameters, add_adapters, load_model, load_tokenizer, untrained
 from rollout import log_prob_gaps, rules
 from sampler import Sampler
@@ -159,13 +159,16 @@ def tried(kind, folder):
 
 
 if __name__ == "__main__":
+    parser = Parser(__doc__)
+    parser.add_argument("kinds", nargs="*", help="model types to try (default: all, into docs/models.md)")
+    args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     start, rows = time.time(), {}
-    for kind in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for kind in args.kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
             with contextlib.redirect_stderr(nothing), contextlib.redirect_stdout(nothing):
                 rows[kind] = tried(kind, folder)
         print(kind, *rows[kind], sep=" | ", flush=True)
-    if not sys.argv[1:]:
+    if not args.kinds:
         (ROOT / "docs" / "models.md").write_text(page(rows, time.time() - start))
