@@ -84,14 +84,14 @@ def check_in_place(file):
 
 def all_finite(players, judge):
     """Whether all that a checkpoint holds is finite: adapters, the judge's head, moments of the optimisers."""
-    moments = [x for player in players for state in player.optimizer.state.values() for x in state.values()]
-    weights = [p for player in players for p in player.params]
-    return all(x.isfinite().all() for x in [*weights, *judge.state_dict().values(), *moments]
-               if torch.is_tensor(x) and x.is_floating_point())
+    tensors = [*judge.state_dict().values()]
+    for player in players:
+        tensors += [*player.params, *(x for state in player.optimizer.state.values() for x in state.values())]
+    return all(x.isfinite().all() for x in tensors if torch.is_tensor(x) and x.is_floating_point())
 
 
 def remove(path):
-    """Remove a folder, if there is one; a link to a folder on another disk is removed, not followed."""
+    """Remove a folder, if there is one; of a link to another disk, only the link."""
     if os.path.islink(path) or os.path.isfile(path):
         os.unlink(path)
     shutil.rmtree(path, ignore_errors=True)
@@ -121,18 +121,12 @@ def fsync(path):
 
 def load_weights(folder, players, judge=None):
     """Read the adapters of players, and a judge's head, from a checkpoint's folder."""
-    weights = {}
     for player in players:
         load_adapter(player.model, folder / player.adapter, player.adapter)
-        weights |= enumerate(adapter_parameters(player.model, player.adapter), len(weights))
+        if not all(p.isfinite().all() for p in adapter_parameters(player.model, player.adapter)):
+            raise ValueError(f"a weight of the {player.adapter} is not finite")
     if judge:
-        head = load_file(folder / "head.safetensors")
-        if {key: x.shape for key, x in head.items()} != {key: x.shape for key, x in judge.state_dict().items()}:
-            raise ValueError("head.safetensors is that of another discriminator")
-        judge.load_state_dict(head)
-        weights |= head
-    if not all(x.isfinite().all() for x in weights.values()):
-        raise ValueError("a weight is not finite")
+        judge.load_state_dict(load_file(folder / "head.safetensors"))
 
 
 def restore(out_dir, players, judge, baseline, stream):
@@ -155,17 +149,17 @@ def restore(out_dir, players, judge, baseline, stream):
         first = -args.d_warmup if len(players) > 1 else 0  # tools.sft, with one player, has no warm-up
         if type(step) is not int or not first <= step <= args.num_steps or max(step, 0) != num_lines:
             raise ValueError(f"its step is {step!r}, after {num_lines} of {args.num_steps} in metrics.jsonl")
+        load_weights(ckpt, players, judge)
         for player, state in zip(players, saved["players"], strict=True):
             load_player(player, state)
-        load_weights(ckpt, players, judge)
         mean, variance = (saved["baseline"].get(key) for key in ("mean", "variance"))  # None until the first reward
         if (mean, variance) != (None, None) and not (abs(mean) < math.inf and 0 <= variance < math.inf):
             raise ValueError(f"its baseline is {saved['baseline']}")
         baseline.load_state_dict(saved["baseline"])
         stream.load_state_dict(saved["stream"])
         if not all_finite(players, judge):
-            raise ValueError("a moment of an optimiser is not finite")
-    except Exception as error:  # a damaged file raises whatever its readers come across
+            raise ValueError("a number in it is not finite")
+    except Exception as error:  # whatever the readers of a damaged file come across
         if out_of_memory(error):
             raise
         raise UserError(f"--resume {out_dir}: {ckpt.name} cannot be used ({first_line(error)}): it is cut short, or "
@@ -181,35 +175,30 @@ def check_lengths(out_dir, lengths):
     if sorted(lengths) != own:
         raise ValueError(f"it has the lengths of {', '.join(map(str, lengths))}, and the files are {', '.join(own)}")
     for name, length in lengths.items():
-        if (out_dir / name).is_symlink():
-            raise ValueError(f"{name} is a link")
+        if type(length) is not int or length < 0 or (out_dir / name).is_symlink():
+            raise ValueError(f"{name} is a link, or its length {length!r} is none")
         with open(out_dir / name, "rb") as file:
-            if type(length) is not int or not 0 <= length <= file.seek(0, os.SEEK_END):
-                raise ValueError(f"{name} is shorter than when it was saved, at {length!r} bytes")
             file.seek(max(length - 1, 0))
             if length and file.read(1) != b"\n":
                 raise ValueError(f"{name} has no line that ends at byte {length}")
 
 
 def load_player(player, state):
-    """Load a player's optimiser and scaler, whose state must fit its parameters: torch takes moments of any shape."""
-    def layout(state):
-        return {key: (x.shape, x.dtype) if torch.is_tensor(x) else type(x) for key, x in state.items()}
+    """Load a player's optimiser and scaler. Moments must fit the parameters: torch would take any, and go wrong later."""
+    def layout():
+        return {p: {key: getattr(x, "shape", None) for key, x in moments.items()}
+                for p, moments in player.optimizer.state.items()}
 
     for p in player.params:
         p.grad = torch.zeros_like(p)
-    player.optimizer.param_groups[0]["lr"] = 0.0
-    player.optimizer.step()  # moves nothing, and makes the state that these parameters have
+    player.optimizer.step()  # moves nothing, and makes the moments that these parameters have
     player.optimizer.zero_grad()
-    own, scaler = player.optimizer.state_dict(), state["scaler"]
-    moments = state["optimizer"]["state"]
-    if not all(layout(moments[i]) == layout(own["state"][i]) and 0 <= moments[i].get("step", 0) for i in moments):
-        raise ValueError("the moments of an optimiser are not those of the model's adapters")
-    if layout(scaler) != layout(player.scaler.state_dict()) or not all(0 <= x < math.inf for x in scaler.values()):
-        raise ValueError(f"its loss scale is {scaler}")
-    if type(state["bad_steps"]) is not int or not 0 <= state["bad_steps"] < MAX_BAD_STEPS:
-        raise ValueError(f"its number of bad steps is {state['bad_steps']!r}")
-    player.load_state_dict(state | {"optimizer": own | {"state": moments}})  # the flags' betas, not the file's
+    fresh, groups = layout(), player.optimizer.state_dict()["param_groups"]
+    player.load_state_dict(state | {"optimizer": state["optimizer"] | {"param_groups": groups}})  # the flags' betas
+    if not (layout().items() <= fresh.items() and 0 <= player.bad_steps < MAX_BAD_STEPS
+            and all(0 <= moments.get("step", 0) for moments in player.optimizer.state.values())
+            and 0 < player.scaler.get_scale() < math.inf):
+        raise ValueError("its optimisers are not those of this run's adapters")
 
 
 def load_run(run, device):

@@ -39,6 +39,12 @@ def read_run(folder):
                         f"with: {export_command(folder)}, and start a run with: python train.py --model DIR")
     if len(run.rollouts) < 4:
         raise UserError(f"{folder} has {len(run.rollouts)} sequences, and MAUVE needs 4{status(run)}")
+    total = run.args.num_steps * run.args.batch_size
+    for name, wanted in (("floor", min(run.args.floor_sequences, total)),
+                         ("rollouts", len(run.rollouts) if status(run) else total)):
+        if (found := len(getattr(run, name))) != wanted:
+            raise UserError(f"{folder}/{name}.jsonl has {found} of {wanted} lines; restore it"
+                            + f", or sample it anew with: {resume_command(folder)}" * (name == "floor"))
     return run
 
 

@@ -20,10 +20,7 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32
 
 
 class UserError(SystemExit):
-    """A user's mistake: prints `message` as one line on standard error and ends the program with status 2.
-
-    The message says what was given, what is allowed, and which flag to change.
-    """
+    """A user's mistake: one line on standard error that says what was given, what is allowed, which flag to change."""
 
     def __init__(self, message, status=2):
         super().__init__(status)
@@ -37,11 +34,12 @@ def escaped(text):
 
 
 def readable(text):
-    """Text with its unprintable characters escaped, except for line ends and tabs."""
+    """escaped, except for line ends and tabs."""
     return re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text)
 
 
 def first_line(error):
+    """The first line of an exception's message, or its type where there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -60,40 +58,36 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, words=None, namespace=None):
         args, unknown = self.parse_known_args(self.words if words is None else words, namespace)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
+            names = {flag.lstrip("-"): flag for flag in self._option_string_actions}
+            parts = {part: flag for name, flag in names.items() for part in name.split("_")}  # --stepz: --num_steps
             typed = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-
-            def likeness(flag):  # --stepz resembles one word of --num_steps more than the whole name
-                name = flag.lstrip("-")
-                whole, *parts = (difflib.SequenceMatcher(None, typed, x).ratio() for x in (name, *name.split("_")))
-                return max(whole, 0.95 * max(parts))
-
-            near = max(known, key=likeness)
-            advice = f", did you mean {near}?" if likeness(near) > 0.5 else "; --help lists them all"
+            near = difflib.get_close_matches(typed, names, 1, 0.6) or difflib.get_close_matches(typed, parts, 1, 0.5)
+            advice = f", did you mean {(parts | names)[near[0]]}?" if near else "; --help lists them all"
             raise UserError(f"unknown flag {unknown[0]}{advice}")
         signal.signal(signal.SIGINT, stop_quietly)  # the imports that follow take seconds, and a model minutes
         return args
 
     def given(self):
-        """The flags on the command line, as typed."""
-        return [word.split("=")[0] for word in self.words if word.startswith("--")]
+        """The flags on the command line: {as typed: name}, such as {"--no-merge": "merge"}."""
+        typed = (word.split("=")[0] for word in self.words if word.startswith("--"))
+        return {flag: flag.removeprefix("--").removeprefix("no-") for flag in typed}
 
     def peek(self, flag):
         """The value of one flag on the command line, unchecked; None where it is absent."""
         words = [part for word in self.words for part in word.split("=", 1)]
-        return next((value for name, value in reversed([*zip(words, words[1:])]) if name == flag), None)
+        return dict(zip(words, words[1:])).get(flag)
 
     def resumed(self, args, may_change):
         """The flags of the run that --resume names, with those on the command line that may change."""
-        given = {word: word.removeprefix("--").removeprefix("no-") for word in self.given()}
-        fixed = [word for word, name in given.items() if name not in (*may_change, "resume")]
+        given = self.given()
+        fixed = [flag for flag, name in given.items() if name not in (*may_change, "resume")]
         if fixed:
-            longer = ("; --num_steps is part of a run, whose learning rate decays over it; to go on from its weights, "
-                      f"start a new run: {export_command(args.resume)}, then train.py --model DIR")
+            longer = ("; the learning rate decays over --num_steps, so to go on from the weights of a run, start a new "
+                      f"one: {export_command(args.resume)}, then train.py --model DIR") * ("--num_steps" in fixed)
             raise UserError(f"--resume continues a run with its own flags, so {' '.join(fixed)} cannot be given; "
-                            f"only --{', --'.join(may_change)} may change{longer * ('--num_steps' in fixed)}")
-        run = run_flags(args.resume, vars(Run(args.resume).args), self, every_choice=True)
-        return argparse.Namespace(**run | {name: getattr(args, name) for name in given.values()})
+                            f"only --{', --'.join(may_change)} may change{longer}")
+        typed = {name: getattr(args, name) for name in given.values()}
+        return argparse.Namespace(**vars(Run(args.resume, self).args) | typed)
 
     def error(self, message):
         raise UserError(message)
@@ -115,14 +109,12 @@ def stop_quietly(number, frame):
 # -----------------------------------------------------------------------------
 # files of a run
 
-KNOWN = {  # keys that our scripts read, and what each must be; those with "?" may be missing or null
+# keys that our scripts compute with, and what each must be; those with "?" may be missing or null
+KNOWN = {
     "rollouts": "step:count prefix:text sep:text truth:words completion:text think:text? think_closed:bool? "
                 "reward:number? p_real:number? length_score:number? n_think:count? n_completion:count?",
-    "metrics": "step:count " + " ".join(f"{key}:number?" for key in (
-        "reward p_real length_score baseline advantage_sd g_loss g_grad_norm kl entropy logp_gap coherence d_loss "
-        "d_acc_real d_acc_generated d_grad_norm g_lr d_lr think_closed num_think num_completion distinct_2 skipped "
-        "seconds sample_seconds update_seconds tokens_per_second memory_gb d_value d_brier d_parsed d_num_think "
-        "d_think_empty d_acc_immediate loss held").split()),
+    "metrics": "step:count kl:number? seconds:number? reward:number? p_real:number? length_score:number? "
+               "d_acc_real:number? d_acc_generated:number? coherence:number?",  # plot.py leaves out what is no number
     "verdicts": "step:count text:text verdict:text? d_value:share",
     "traces": "prefix:text sep:text truth:text think:text closed:bool run:text",
     "args": "args:object device:text? command:list? versions:object? commit:text?",
@@ -153,22 +145,22 @@ def flaw(known, record):
     for key, kind in (words.split(":") for words in KNOWN.get(known, "").split()):
         value = record.get(key)
         if not (value is None and kind.endswith("?") or KINDS[kind.rstrip("?")](value)):
-            return f"{key} is {repr(value)[:60]}, not a {kind.rstrip('?')}" if key in record else f"it has no {key}"
+            return f"{key} is {repr(value)[:60]}, no {kind.rstrip('?')}" if key in record else f"it has no {key}"
 
 
-def parsed(text):
-    """JSON as Python; nan and infinities, which JSON lacks, are null."""
-    return json.loads(text, parse_constant=lambda name: None)
+def parsed(text, known):
+    """A record from JSON, checked; nan and infinities, which JSON lacks, are null."""
+    record = json.loads(text, parse_constant=lambda name: None)
+    if wrong := flaw(known, record):
+        raise ValueError(wrong)
+    return record
 
 
 def read_json(file):
     """The object in a JSON file; {} where there is no such file."""
     file = pathlib.Path(file)
     try:
-        found = parsed(file.read_bytes())
-        if wrong := flaw(file.stem, found):
-            raise ValueError(wrong)
-        return found
+        return parsed(file.read_bytes(), file.stem)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -181,38 +173,41 @@ def read_lines(file, known=None):
 
     known: key of KNOWN that says what they hold (default: the file's name).
     """
-    file = pathlib.Path(file)
+    file, records = pathlib.Path(file), []
     try:
-        lines = file.read_bytes().split(b"\n")[:-1]
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            records.append(parsed(line, known or file.stem))
     except FileNotFoundError:
-        return []
+        pass
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = parsed(line)
-            wrong = flaw(known or file.stem, record)
-        except (ValueError, RecursionError):
-            wrong = "it is not JSON"
-        if wrong:
-            raise UserError(f"{file}:{number} is not a record of {known or 'a run'}: {wrong}; repair or remove it")
-        records.append(record)
+    except (ValueError, RecursionError) as error:
+        where = f"{file}:{len(records) + 1}"
+        raise UserError(f"{where} is not a record of {known or 'a run'} ({error}); repair or remove it") from None
     return records
 
 
 class Run:
-    """A run's folder: its flags at once, its other files when they are asked for."""
+    """A run's folder: its flags at once, its other files when they are asked for.
 
-    def __init__(self, folder):
+    parser: that of the script that continues the run; its choices are checked, too. Otherwise train.py's gives the
+    defaults, and the run may have choices that a copy of train.py has added.
+    """
+
+    def __init__(self, folder, parser=None):
         from train import flags  # here, because train.py begins with an import of this file
         self.folder, self.name = pathlib.Path(folder), escaped(pathlib.Path(folder).resolve().name)
         self.info = read_json(self.folder / "args.json") if self.folder.is_dir() else {}
-        if not isinstance(self.info.get("args", {}).get("model"), str):
+        found, known = self.info.get("args", {}), parser or flags([])
+        if not isinstance(found.get("model"), str):
             raise UserError(f"{folder} is not the folder of a run: there is no args.json with its flags in it")
-        if "prompt" not in self.info["args"]:
+        if "prompt" not in found:
             raise UserError(f"{folder} is a run of an earlier version, which this one cannot read")
-        self.args = argparse.Namespace(**run_flags(folder, self.info["args"], flags([])))
+        for action in known._actions:
+            if action.dest in found and not can_be(action, found[action.dest], every_choice=parser):
+                raise UserError(f"{folder}/args.json is damaged: {action.dest} is {found[action.dest]!r}; restore it")
+        check_numbers(found, "rank alpha completion_tokens batch_size num_steps".split(), f"{folder}/args.json: ")
+        self.args = argparse.Namespace(**vars(known.parse_known_args([])[0]) | found)
 
     def __getattr__(self, name):
         if name in ("metrics", "rollouts", "floor", "verdicts"):
@@ -225,35 +220,20 @@ class Run:
         return value
 
     def unfinished(self):
-        """" after k of n steps" where the result is that of a run that had not come to its end, else ""."""
+        """" after k of n steps" where an unfinished run was measured, else ""."""
         k, n = self.result.get("num_steps"), self.args.num_steps
         return "" if k in (None, n) else f" after {k} of {n} steps"
 
 
-def run_flags(folder, found, parser, every_choice=False):
-    """The flags found in args.json, checked, with the parser's defaults for those that it lacks.
-
-    every_choice: refuse a choice that the parser lacks; a copy of train.py under another name may have added it.
-    """
-    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
-    for name, action in flags.items():
-        value, default = found.get(name, action.default), action.default
-        kind = action.type if action.type in (int, float) else str if default is None else type(default)
-        kind = bool if isinstance(action, argparse.BooleanOptionalAction) else kind
-        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if kind is str:
-            fits = KINDS["text"](value)
-        if value is None:
-            fits = default is None and (name not in found or name not in ("prefix_tokens", "reasoning_tokens", "merge"))
-        if name == "prompt" and name in found:
-            fits = fits and value.count("{text}") == 1
-        if fits and action.choices and (every_choice or name in ("quant", "dtype", "adapters")):
-            fits = value in action.choices
-        if not fits:
-            raise UserError(f"{folder}/args.json is damaged: {name} is {value!r}; restore that file")
-    run = {name: action.default for name, action in flags.items()} | found
-    check_numbers(run, "rank alpha completion_tokens batch_size num_steps".split(), f"{folder}/args.json: ")
-    return run
+def can_be(action, value, every_choice):
+    """Whether a flag, by its argparse action, can have a value that was found in args.json."""
+    kind = {int: "count", float: "number"}.get(action.type, "text")
+    kind = "bool" if isinstance(action, argparse.BooleanOptionalAction) else kind
+    if value is None:  # train.py fills these three in
+        return action.default is None and action.dest not in ("prefix_tokens", "reasoning_tokens", "merge")
+    if action.choices and (every_choice or action.dest in ("quant", "dtype", "adapters")):
+        return value in action.choices
+    return KINDS[kind](value) and (action.dest != "prompt" or value.count("{text}") == 1)
 
 
 def export_command(run):
@@ -297,13 +277,9 @@ def check_device(name):
 def check_numbers(values, positive, where=""):
     """Refuse numbers that no flag can have. positive: names of flags that must not be 0."""
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}--{name} {value}: must be a finite number")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value < 0 or value == 0 and name in positive:
-                raise UserError(f"{where}--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
-            if value >= 2 ** 63:
-                raise UserError(f"{where}--{name} {value}: must be below 2 to the 63")
+        if type(value) in (int, float) and not (0 <= value < 2 ** 53 and (value > 0 or name not in positive)):
+            least = "above 0" if name in positive else "0 or more"
+            raise UserError(f"{where}--{name} {value}: must be {least}, and below 2 to the 53")
 
 
 def check_values(args, positive):
@@ -314,62 +290,57 @@ def check_values(args, positive):
             raise UserError(f"--{name} is empty; leave the flag out for its default")
         if isinstance(value, str) and name != "prompt" and max(map(len, value.split("/"))) > 255:
             raise UserError(f"--{name} {value[:20]}...: a name of {len(value)} characters is too long")
-    for name in ("beta1", "beta2", "ema_decay", "mix", "held_out"):
-        if not 0 <= getattr(args, name, 0) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be from 0 to below 1")
-    for name in ("lr", "g_lr", "d_lr"):
-        if getattr(args, name, 0) > 100:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at most 100; 1e-5 to 1e-2 are usual")
+    for name in ("beta1", "beta2", "ema_decay", "mix", "held_out", "g_lr", "d_lr"):
+        if getattr(args, name, 0) >= (limit := 100 if name.endswith("lr") else 1):
+            raise UserError(f"--{name} {getattr(args, name)}: must be below {limit}")
     check_device(args.device)
     for flag in ("model", "d_model", "featurizer"):
-        name, own = getattr(args, flag, None) or "", "base" if flag == "featurizer" else "demo"
-        folder = pathlib.Path(name)
+        folder = pathlib.Path(name := getattr(args, flag, None) or "")
         if name.startswith((".", "/", "~")) and not folder.is_dir():
-            raise UserError(f"--{flag} {name}: there is no such folder; give a folder, a hub id, or {own}")
+            raise UserError(f"--{flag} {name}: there is no such folder; give a folder or a hub id")
         if name and any((folder / file).exists() for file in ("args.json", "adapter_config.json", "state.pt")):
             for run in (folder, *folder.parents)[:3]:  # the folder may be a run's checkpoint, or an adapter in it
                 if (run / "args.json").exists():
                     raise UserError(f"--{flag} {name} is a run, or part of one; make a model of it with: "
                                     f"{export_command(run)}")
-    if args.out_dir and pathlib.Path(args.out_dir).is_file():
-        raise UserError(f"--out_dir {args.out_dir} is a file; name a folder")
-    if args.out_dir and not args.resume and (pathlib.Path(args.out_dir) / "args.json").exists():
-        raise UserError(f"--out_dir {args.out_dir} holds a run already; continue it with "
-                        f"--resume {shlex.quote(args.out_dir)}, or name another folder")
+    out_dir = pathlib.Path(args.out_dir or "")
+    if out_dir.is_file():
+        raise UserError(f"--out_dir {out_dir} is a file; name a folder")
+    if args.out_dir and not args.resume and (out_dir / "args.json").exists():
+        raise UserError(f"--out_dir {out_dir} holds a run already; name another folder, or continue it with: "
+                        f"{resume_command(out_dir)}")
 
 
 def check(args, given=()):
-    """Raise an error if train.py's flags are out of range, contradictory, or without effect. given: those that were
-    typed, because a default without effect is no mistake.
+    """Refuse train.py's flags where they are out of range, contradictory, or without effect.
+
+    given: Parser.given(); a flag without effect is a mistake only where it was typed.
     """
     check_values(args, "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale "
                        "grad_clip".split())
-    reason, typed = args.disc == "reason", {flag.removeprefix("--") for flag in given}
+    reason, typed, data = args.disc == "reason", {flag.removeprefix("--") for flag in given}, args.data
     for wrong, message in (
-        (args.num_steps * args.batch_size < 4, f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE "
-         "needs at least 4 sequences"),
-        (args.g_reward == "azr" and not reason, "--g_reward azr needs the d_value of --disc reason; give both, or "
-         "choose prob or neglog"),
-        (args.g_reward == "neglog" and reason, "--g_reward neglog needs the probability of --disc head; with reason, "
-         "choose azr or prob"),
-        (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool"}), "--d_loss and --d_pool are for --disc "
-         "head; --disc reason learns by policy gradient; leave them out"),
-        (args.d_loss == "pair" and args.d_shuffle, "--d_shuffle shuffles the labels of --d_loss ce; --d_loss pair has "
-         "none"),
-        (not reason and (args.d_think_tokens is not None or "d_kl_coef" in typed), "--d_think_tokens and --d_kl_coef "
-         "are for --disc reason; give it, or leave them out"),
-        ("d_scale" in typed and args.adv_norm, "--d_scale has no effect with --adv_norm, which divides it out; add "
-         "--no-adv_norm"),
-        ("d_warmup" in typed and args.d_warmup and not args.d_lr, f"--d_warmup {args.d_warmup} has no effect with "
-         "--d_lr 0; give --d_lr, or leave it out"),
-        ("text_field" in typed and (args.data == "demo" or args.data.endswith((".txt", ".md"))), "--text_field has no "
-         f"effect on --data {args.data}, which has no fields; leave it out"),
-        (args.d_model and args.adapters == "shared", f"--d_model {args.d_model}: two models cannot share an adapter; "
-         "give --adapters separate"),
-        (args.track != "none" and importlib.util.find_spec(args.track) is None, f"--track {args.track}: the package is "
-         f"not installed; pip install {args.track}"),
-        (not (args.data in ("pile", "demo") or args.data.startswith("hub:") or pathlib.Path(args.data).exists()),
-         f"--data {args.data} does not exist; give pile, demo, hub:user/name, or a path"),
+        (args.num_steps * args.batch_size < 4,
+         f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences"),
+        (args.g_reward == "azr" and not reason, "--g_reward azr needs --disc reason; or choose prob or neglog"),
+        (args.g_reward == "neglog" and reason, "--g_reward neglog needs --disc head; with reason, choose azr or prob"),
+        (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool"}),
+         "--d_loss and --d_pool are for --disc head; --disc reason learns by policy gradient; leave them out"),
+        (args.d_loss == "pair" and args.d_shuffle, "--d_shuffle shuffles labels, and --d_loss pair has none; use ce"),
+        (not reason and (args.d_think_tokens is not None or "d_kl_coef" in typed),
+         "--d_think_tokens and --d_kl_coef are for --disc reason; give it, or leave them out"),
+        ("d_scale" in typed and args.adv_norm,
+         "--d_scale has no effect with --adv_norm, which divides it out; add --no-adv_norm"),
+        ("d_warmup" in typed and args.d_warmup and not args.d_lr,
+         f"--d_warmup {args.d_warmup} has no effect with --d_lr 0; give --d_lr, or leave it out"),
+        ("text_field" in typed and (data == "demo" or data.endswith((".txt", ".md"))),
+         f"--text_field has no effect on --data {data}, which has no fields; leave it out"),
+        (args.d_model and args.adapters == "shared",
+         f"--d_model {args.d_model}: two models cannot share an adapter; give --adapters separate"),
+        (args.track != "none" and importlib.util.find_spec(args.track) is None,
+         f"--track {args.track}: the package is not installed; pip install {args.track}"),
+        (not (data in ("pile", "demo") or data.startswith("hub:") or pathlib.Path(data).exists()),
+         f"--data {data} does not exist; give pile, demo, hub:user/name, or a path"),
     ):
         if wrong:
             raise UserError(message)

@@ -181,6 +181,8 @@ def check_model(model, tokenizer, quant, dtype):
     if (largest := max(tokenizer.get_vocab().values())) >= min(rows, len(head_weights(model)[0])):
         raise ValueError(f"the tokenizer has ids up to {largest}, and the model {rows} rows of embeddings; add rows with "
                          "resize_token_embeddings, or remove the tokens that were added")
+    if not isinstance(ends := model.generation_config.eos_token_id, (int, list, type(None))):
+        raise ValueError(f"eos_token_id in its generation_config.json is {ends!r}, not a number or a list of numbers")
     ids, tolerance = ids[:, :64].to(model.device), 1e-3 if (quant, dtype) == ("none", "fp32") else 0.05
     theirs, hidden = model(ids, use_cache=False).logits.float(), hidden_states(model, ids)  # (1, T, V), (1, T, H)
     early = hidden_states(model, ids[:, :8])  # (1, 8, H)

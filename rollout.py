@@ -40,7 +40,7 @@ def rules(tokenizer, model):
     """Stop ids: eos, <|im_end|>, <|endoftext|>, what generation_config adds. Forbidden ids: see docs/choices.md."""
     device = causal_lm(model).device
     ids = tokenizer.get_vocab()
-    extra = causal_lm(model).generation_config.eos_token_id
+    extra = causal_lm(model).generation_config.eos_token_id  # a number, a list of numbers, or None
     stop = {tokenizer.eos_token_id, ids.get("<|im_end|>"), ids.get("<|endoftext|>")} - {None}
     stop |= set(extra if isinstance(extra, list) else [extra]) - {None}
     think, think_end = ids.get("<think>", -1), ids.get("</think>", -1)

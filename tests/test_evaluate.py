@@ -26,7 +26,7 @@ def make_run(folder, completions, floor=(), **flags):
     for name, records in (("rollouts", rows), ("floor", floor), ("metrics", rows[::20])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
     flags = dict(model="demo", prompt="{text}", quant="none", dtype="fp32", device="cpu", featurizer="base", seeds=2,
-                 batch_size=20, num_steps=-(-len(rows) // 20)) | flags
+                 batch_size=min(len(rows), 20) or 20, num_steps=-(-len(rows) // 20), floor_sequences=len(floor)) | flags
     (folder / "args.json").write_text(json.dumps({"args": flags}))
     return folder
 
@@ -100,7 +100,20 @@ def test_fresh_takes_half_of_the_held_out_documents_and_stays_until_the_run_goes
     assert evaluate(run, "base", 2, *demo, "cpu") == first and 0 <= first["fresh"] <= 1
     with open(run / "rollouts.jsonl", "a") as file:
         file.write(json.dumps(lines(run / "rollouts.jsonl")[-1] | {"step": 3}) + "\n")
+    info["args"]["num_steps"] = 4
+    (run / "args.json").write_text(json.dumps(info))
     assert "fresh" not in evaluate(run, "base", 2, *demo, "cpu")
+
+
+@pytest.mark.parametrize("name, way", [("floor", "sample it anew with: python train.py --resume"), ("rollouts", "")])
+def test_files_that_lack_lines_are_refused(name, way, tmp_path, capsys):
+    run = make_run(tmp_path / "run", TRUTHS[:40], TRUTHS[:40])
+    file = run / f"{name}.jsonl"
+    file.write_text("".join(file.read_text().splitlines(True)[:30]))
+    with pytest.raises(UserError):
+        read_run(run)
+    err = capsys.readouterr().err
+    assert f"{file} has 30 of 40 lines; restore it" in err and way in err
 
 
 def test_the_command_measures_one_run_and_compares_others_with_the_first(tmp_path, demo):

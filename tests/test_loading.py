@@ -84,6 +84,7 @@ DAMAGES = {
                         "could not be loaded"),
     "a config that is no config": (lambda f: (f / "config.json").write_text("[1]"), "could not be loaded"),
     "torn weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 99), "could not be loaded"),
+    "an end token by name": (lambda f: edit(f / "generation_config.json", eos_token_id="</s>"), "eos_token_id in its"),
     "nan in its weights": (lambda f: scale(f, "model.norm.weight", float("nan")), "states are not finite"),
 }
 

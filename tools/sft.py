@@ -170,8 +170,9 @@ if __name__ == "__main__":
     if args.resume:
         lock(out_dir)
         first_step = restore(out_dir, [player], nothing, nothing, nothing)
-    elif args.truths:  # evaluate.py compares with the run's floor
-        write_whole(out_dir / "floor.jsonl", json_lines(Run(args.truths).floor))
+    elif args.truths:  # evaluate.py compares with the run's floor, if both end on the same prefixes
+        args.floor_sequences *= len(windows) == args.num_steps * B
+        write_whole(out_dir / "floor.jsonl", json_lines(Run(args.truths).floor if args.floor_sequences else []))
     files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8")
              for name in ["metrics"] + ["rollouts"] * bool(args.truths)}
     write_args(out_dir, args, device)
