@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flags import Run, UserError, escaped, first_line, read_json, resume_command, write_whole
+from flags import Run, UserError, first_line, read_json, resume_command, write_whole
 from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, digests, load_adapter, load_players, located, pinned
 
 FORMAT = 3
@@ -104,7 +104,7 @@ def latest(out_dir):
 
 
 def standing(out_dir):
-    """What is left of a run that ends too early, and how to go on."""
+    """Whether a run that ends early has a checkpoint, and the command to go on with."""
     if latest(out_dir) and (pathlib.Path(out_dir) / "args.json").exists():
         return f"the last checkpoint is intact: {resume_command(out_dir)}"
     return f"there is no checkpoint yet: remove {shlex.quote(str(out_dir))} and start the run again"
@@ -132,12 +132,11 @@ def load_weights(folder, players, judge=None):
 def restore(out_dir, players, judge, baseline, stream):
     """Load what `save` wrote, cut the run's files back to that moment, and return the step to continue with.
 
-    A checkpoint that is missing, cut short, or from another model or version is a one-line error, and cuts nothing.
+    A checkpoint that is missing, damaged, or from another model or version is a one-line error, and cuts nothing.
     """
-    out_dir, ckpt = pathlib.Path(out_dir), latest(out_dir)
+    out_dir, ckpt, args = pathlib.Path(out_dir), latest(out_dir), Run(out_dir).args
     if ckpt is None:
         raise UserError(f"--resume {out_dir}: there is no checkpoint in it; start a new run with another --out_dir")
-    args = Run(out_dir).args
     try:
         saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
@@ -146,12 +145,11 @@ def restore(out_dir, players, judge, baseline, stream):
         check_lengths(out_dir, lengths)
         with open(out_dir / "metrics.jsonl", "rb") as file:  # it has a line for each step from 0 on
             num_lines = file.read(lengths["metrics.jsonl"]).count(b"\n")
-        first = -args.d_warmup if len(players) > 1 else 0  # tools.sft, with one player, has no warm-up
-        if type(step) is not int or not first <= step <= args.num_steps or max(step, 0) != num_lines:
-            raise ValueError(f"its step is {step!r}, after {num_lines} of {args.num_steps} in metrics.jsonl")
-        load_weights(ckpt, players, judge)
+        if type(step) is not int or max(step, 0) != num_lines or step < -args.d_warmup:
+            raise ValueError(f"its step is {step!r}, and metrics.jsonl has {num_lines} lines at that moment")
         for player, state in zip(players, saved["players"], strict=True):
             load_player(player, state)
+        load_weights(ckpt, players, judge)
         mean, variance = (saved["baseline"].get(key) for key in ("mean", "variance"))  # None until the first reward
         if (mean, variance) != (None, None) and not (abs(mean) < math.inf and 0 <= variance < math.inf):
             raise ValueError(f"its baseline is {saved['baseline']}")
@@ -176,7 +174,7 @@ def check_lengths(out_dir, lengths):
         raise ValueError(f"it has the lengths of {', '.join(map(str, lengths))}, and the files are {', '.join(own)}")
     for name, length in lengths.items():
         if type(length) is not int or length < 0 or (out_dir / name).is_symlink():
-            raise ValueError(f"{name} is a link, or its length {length!r} is none")
+            raise ValueError(f"{name} is a link, or {length!r} is not a length")
         with open(out_dir / name, "rb") as file:
             file.seek(max(length - 1, 0))
             if length and file.read(1) != b"\n":
@@ -184,21 +182,23 @@ def check_lengths(out_dir, lengths):
 
 
 def load_player(player, state):
-    """Load a player's optimiser and scaler. Moments must fit the parameters: torch would take any, and go wrong later."""
-    def layout():
+    """Load a player's optimiser and scaler, which must fit its parameters: torch takes moments of any shape."""
+    def shapes():
         return {p: {key: getattr(x, "shape", None) for key, x in moments.items()}
                 for p, moments in player.optimizer.state.items()}
 
     for p in player.params:
         p.grad = torch.zeros_like(p)
-    player.optimizer.step()  # moves nothing, and makes the moments that these parameters have
+    player.optimizer.step()  # makes the moments that these parameters have; the weights are loaded later
     player.optimizer.zero_grad()
-    fresh, groups = layout(), player.optimizer.state_dict()["param_groups"]
+    fresh, groups = shapes(), player.optimizer.state_dict()["param_groups"]
     player.load_state_dict(state | {"optimizer": state["optimizer"] | {"param_groups": groups}})  # the flags' betas
-    if not (layout().items() <= fresh.items() and 0 <= player.bad_steps < MAX_BAD_STEPS
-            and all(0 <= moments.get("step", 0) for moments in player.optimizer.state.values())
-            and 0 < player.scaler.get_scale() < math.inf):
-        raise ValueError("its optimisers are not those of this run's adapters")
+    fits = all(fresh[p] == found for p, found in shapes().items())
+    counts = [moments.get("step", 0) for moments in player.optimizer.state.values()]
+    if not fits or min(counts, default=0) < 0 or not 0 <= player.bad_steps < MAX_BAD_STEPS:
+        raise ValueError("an optimiser in it is not that of this model's adapters")
+    if not 0 < player.scaler.get_scale() < math.inf:
+        raise ValueError(f"its loss scale is {player.scaler.get_scale()}")
 
 
 def load_run(run, device):
@@ -230,7 +230,7 @@ def make_out_dir(out_dir, preset):
     except OSError as error:
         raise UserError(f"--out_dir {out_dir or 'out'} cannot be made: {error}") from None
     lock(out_dir)
-    if os.listdir(out_dir):  # nothing is ever overwritten
+    if os.listdir(out_dir):  # nothing is overwritten
         raise UserError(f"--out_dir {out_dir} is not empty; name a new folder, or an empty one")
     return pathlib.Path(out_dir)
 
@@ -255,22 +255,12 @@ def provenance(device):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    def version(name):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     packages = "torch transformers peft bitsandbytes mauve-text numpy datasets".split()
+    versions = {found.name: found.version for found in importlib.metadata.distributions() if found.name in packages}
     changes = git("status", "--porcelain")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {
-        "command": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "device": name,
-    }
+    return dict(command=sys.argv, versions={"python": platform.python_version(), **versions}, device=name,
+                commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
 
 
 def pin(args):
@@ -285,7 +275,7 @@ def pin(args):
             continue
         setattr(args, flag, pinned(name, f"--{flag}"))
         folder = located(name)[0]
-        found = digests(folder) if os.path.isdir(folder) else {}
+        found = digests(folder, f"--{flag}") if os.path.isdir(folder) else {}
         if changed := [part for part, digest in found.items() if args.made_with.get(name, found).get(part) != digest]:
             raise UserError(f"--{flag} {name}: its {' and '.join(changed)} are not those that this run was made with; "
                             "restore them, or start another run")
@@ -302,7 +292,7 @@ def write_args(out_dir, args, device):
 
 
 class Tracker:
-    """Sends metrics and samples to the service that --track names, as one run there, also when ours is resumed."""
+    """Sends metrics and samples to the service that --track names; a resumed run continues its run there."""
 
     def __init__(self, args, out_dir):
         self.service, name = args.track, f"{pathlib.Path(out_dir).resolve().name}-{args.track_id}"
@@ -341,7 +331,7 @@ class Tracker:
 # early ends
 
 class Signals:
-    """Turns a first signal into `stop`, its number, for the loop to check; a second one ends the process at once."""
+    """Keeps the first signal's number in `stop`, which the loop checks; a second signal ends the process at once."""
 
     def __init__(self):
         self.stop = 0
@@ -372,25 +362,22 @@ def out_of_memory(error):
 
 
 def explain_failures(out_dir=None):
-    """Install a sys.excepthook that reports a lack of memory or disk in one line, with status 1 or 2.
-
-    out_dir: folder of the run that this process trains.
-    """
+    """Report a lack of memory or disk in one line, with status 1 or 2. out_dir: the run that this process trains."""
     def hook(kind, error, trace):
         full = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
         resume = f"; {standing(out_dir)}" if out_dir else ""
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone
             os._exit(128 + signal.SIGPIPE)
         if out_of_memory(error):
-            status, advice = 1, ("try --micro_batch 1, --quant nf4, --grad_ckpt, or a smaller --batch_size, "
-                                 f"--prefix_tokens, --reasoning_tokens or --completion_tokens{resume}")
-            message = f"out of memory ({first_line(error)}); {advice}"
-            message += " --micro_batch 1" * ("--resume" in resume)
+            status, message = 1, (
+                f"out of memory ({first_line(error)}); try --micro_batch 1, --quant nf4, --grad_ckpt, or a smaller "
+                "--batch_size, --prefix_tokens, --reasoning_tokens or --completion_tokens"
+                + resume + " --micro_batch 1" * ("--resume" in resume))
         elif isinstance(error, OSError) and error.errno in full:
             status, message = 2, f"{out_dir or 'a file'} cannot be written ({first_line(error)}); make room{resume}"
         else:
             return sys.__excepthook__(kind, error, trace)
+        UserError(message)  # prints it
         sys.stdout.flush()
-        print("error: " + escaped(" ".join(message.split())), file=sys.stderr, flush=True)
         os._exit(status)  # at once: what is left in a file's buffer cannot be written either
     sys.excepthook = hook

@@ -235,7 +235,7 @@ class Windows:
         return {}
 
     def load_state_dict(self, state):
-        """Only a stream has a place to go on from."""
+        """Nothing: only a stream has a place to continue from."""
 
     def too_short(self):
         p, c = self.lengths
@@ -270,13 +270,14 @@ class Corpus(Windows):
         return [text for text in texts if self.window_of(text, random.Random(0))]
 
     def summary(self):
-        sample = random.Random(0).sample(self.texts, min(self.num_documents, 200))
-        before, num_usable = self.unwritable, max(self.num_documents * len(self.usable(sample)) // len(sample), 1)
-        about, epochs = "about " * (self.num_documents > FEW), (self.total + self.warmup) / num_usable
-        unwritable = before + self.num_documents * (self.unwritable - before) // len(sample)
+        about, count, unwritable = "", self.num_documents, self.unwritable
+        if count > FEW:  # estimated from a sample
+            self.unwritable, about = 0, "about "
+            usable = len(self.usable(random.Random(0).sample(self.texts, 200)))
+            count, unwritable = max(count * usable // 200, 1), count * self.unwritable // 200
         lacks = f", {about}{unwritable:,} have characters that the tokenizer lacks" * (unwritable > 0)
-        return (f"data {self.args.data}: {self.facts}; {about}{num_usable:,} of the others are longer than {self.need} "
-                f"tokens{lacks}; the run needs {epochs:.2g} epochs")
+        return (f"data {self.args.data}: {self.facts}; {about}{count:,} of the others are longer than {self.need} "
+                f"tokens{lacks}; the run needs {(self.total + self.warmup) / count:.2g} epochs")
 
     @functools.lru_cache(4)
     def order(self, epoch):
@@ -306,11 +307,11 @@ class Stream(Windows):
                 f"{self.total + self.warmup:,} windows")
 
     def state_dict(self):
-        """The place up to which the stream was read: a number of windows, an epoch, a number of its documents."""
+        """How far the stream was read: windows in all, the epoch, and documents of that epoch."""
         return dict(count=self.count, epoch=self.epoch, number=self.number)
 
     def load_state_dict(self, state):
-        """Go on from a place, {}: the beginning, without tokenising what is before it."""
+        """Continue from a place ({}: the beginning), without tokenising what comes before it."""
         self.count, self.epoch, self.number = (state.get(key, 0) for key in ("count", "epoch", "number"))
         self.seen, self.reader = {}, self.read()
 
@@ -355,7 +356,7 @@ class Stream(Windows):
                 for row in rows.shard(rows.num_shards, (self.args.seed + epoch + k) % rows.num_shards):
                     text = row.get(self.field, 0)
                     if not isinstance(text, str | None):
-                        raise UserError(f"--text_field {self.field} is no text in {repo}; its fields: {', '.join(row)}")
+                        raise UserError(f"--text_field {self.field}: no text in {repo}; its fields: {', '.join(row)}")
                     if text is not None:
                         yield clean(text)
         except Exception as error:  # datasets passes on whatever its http clients raise
@@ -370,22 +371,20 @@ def windows(args, encode, split="train"):
 
 
 def novel(texts, others):
-    """Those texts that share no RUN words in a row with one of `others`, nor with a text before them."""
+    """The texts that share no RUN words in a row with any of `others`, nor with a text before them."""
     import numpy as np
     from tqdm import tqdm
-    factors, mask = np.random.default_rng(0).integers(2 ** 63, size=RUN), 2 ** 27 - 1  # (RUN,)
+    factors = np.random.default_rng(0).integers(2 ** 63, size=RUN)  # (RUN,)
 
     def runs(text):  # a number for each run; different runs have equal numbers with a probability of 2^-63
         numbers = np.fromiter(map(hash, words(text)), np.int64)
-        return np.convolve(numbers, factors, "valid") if len(numbers) >= RUN else numbers[:0]
+        return np.convolve(numbers, factors, "valid").tolist() if len(numbers) >= RUN else []
 
-    ours, known, found = {run for text in texts for run in runs(text).tolist()}, set(), []
-    maybe = np.zeros(mask + 1, bool)  # a table that rules out most runs faster than the set
-    maybe[np.fromiter(ours, np.int64) & mask] = True
+    ours, known, found = {run for text in texts for run in runs(text)}, set(), []
     for text in tqdm(others, desc="looking for near-duplicates of held-out documents", delay=5):
-        known.update(ours.intersection((run := runs(text))[maybe[run & mask]].tolist()))
+        known |= ours.intersection(runs(text))
     for text in texts:
-        if known.isdisjoint(run := runs(text).tolist()):
+        if known.isdisjoint(run := runs(text)):
             found.append(text)
         known.update(run)
     return found

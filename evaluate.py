@@ -64,6 +64,8 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
     curve: sequences per window of MAUVE over the run (0: about ten windows; None: as last time).
     """
     run = read_run(folder)
+    if (curve or 0) > len(run.rollouts):
+        raise UserError(f"--curve {curve}: {folder} has {len(run.rollouts)} sequences; give a smaller number")
     curve = last_curve(run.folder) if curve is None else curve
     n = min(max(len(run.floor), 4) if run.floor else WINDOW, len(run.rollouts))
     last, before, window, floor = run.rollouts[-n:], run.rollouts[:-n][-n:], run.rollouts[-WINDOW:], run.floor[-n:]

@@ -17,6 +17,7 @@ import sys
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: OpenMP threads that spin stall shared cores
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
          "4bit": "nf4", "8bit": "int8", "no": "none"}  # other names of the values of --dtype and --quant
+POSITIVE = "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale grad_clip".split()
 
 
 class UserError(SystemExit):
@@ -34,7 +35,7 @@ def escaped(text):
 
 
 def readable(text):
-    """escaped, except for line ends and tabs."""
+    """Text with its unprintable characters escaped, except for line ends and tabs."""
     return re.sub(r"[^\n\t]+", lambda part: escaped(part[0]), text)
 
 
@@ -139,13 +140,13 @@ KINDS = {
 
 
 def flaw(known, record):
-    """What is wrong with the first key of a record that is not as KNOWN has it; None where all are."""
+    """What is wrong with a record: its first key that is not as KNOWN says. None where all are."""
     if not isinstance(record, dict):
         return "it is not a record"
     for key, kind in (words.split(":") for words in KNOWN.get(known, "").split()):
         value = record.get(key)
         if not (value is None and kind.endswith("?") or KINDS[kind.rstrip("?")](value)):
-            return f"{key} is {repr(value)[:60]}, no {kind.rstrip('?')}" if key in record else f"it has no {key}"
+            return f"{key} is no valid {kind.rstrip('?')}: {repr(value)[:60]}" if key in record else f"{key} is missing"
 
 
 def parsed(text, known):
@@ -190,8 +191,8 @@ def read_lines(file, known=None):
 class Run:
     """A run's folder: its flags at once, its other files when they are asked for.
 
-    parser: that of the script that continues the run; its choices are checked, too. Otherwise train.py's gives the
-    defaults, and the run may have choices that a copy of train.py has added.
+    parser: that of the script that continues the run. Without it the defaults are train.py's, and a flag may have a
+    choice that train.py lacks, since a copy of train.py may have added it.
     """
 
     def __init__(self, folder, parser=None):
@@ -204,9 +205,9 @@ class Run:
         if "prompt" not in found:
             raise UserError(f"{folder} is a run of an earlier version, which this one cannot read")
         for action in known._actions:
-            if action.dest in found and not can_be(action, found[action.dest], every_choice=parser):
+            if action.dest in found and not is_allowed(action, found[action.dest], every_choice=parser):
                 raise UserError(f"{folder}/args.json is damaged: {action.dest} is {found[action.dest]!r}; restore it")
-        check_numbers(found, "rank alpha completion_tokens batch_size num_steps".split(), f"{folder}/args.json: ")
+        check_numbers(found, POSITIVE, f"{folder}/args.json: ")
         self.args = argparse.Namespace(**vars(known.parse_known_args([])[0]) | found)
 
     def __getattr__(self, name):
@@ -225,11 +226,11 @@ class Run:
         return "" if k in (None, n) else f" after {k} of {n} steps"
 
 
-def can_be(action, value, every_choice):
-    """Whether a flag, by its argparse action, can have a value that was found in args.json."""
+def is_allowed(action, value, every_choice):
+    """Whether a flag, given as its argparse action, can have a value that was found in args.json."""
     kind = {int: "count", float: "number"}.get(action.type, "text")
     kind = "bool" if isinstance(action, argparse.BooleanOptionalAction) else kind
-    if value is None:  # train.py fills these three in
+    if value is None:  # train.py replaces None in three flags
         return action.default is None and action.dest not in ("prefix_tokens", "reasoning_tokens", "merge")
     if action.choices and (every_choice or action.dest in ("quant", "dtype", "adapters")):
         return value in action.choices
@@ -316,8 +317,7 @@ def check(args, given=()):
 
     given: Parser.given(); a flag without effect is a mistake only where it was typed.
     """
-    check_values(args, "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale "
-                       "grad_clip".split())
+    check_values(args, POSITIVE)
     reason, typed, data = args.disc == "reason", {flag.removeprefix("--") for flag in given}, args.data
     for wrong, message in (
         (args.num_steps * args.batch_size < 4,

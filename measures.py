@@ -17,7 +17,7 @@ import statistics
 
 import numpy as np
 
-from flags import UserError, first_line
+from flags import UserError, first_line, read_json
 
 ENOUGH = 50  # texts that an interval needs
 
@@ -128,8 +128,12 @@ def check_featurizer(name):
 
 
 def load_featurizer(name):
-    """The model and the tokenizer of a --featurizer."""
+    """The model of a --featurizer, its tokenizer, and how it pools its states: mean, cls or last.
+
+    A sentence-transformers model says that itself; of any other the last state is taken, as mauve-text does.
+    """
     from transformers import AutoModel
+    from transformers.utils import cached_file
     from model import load_config, load_tokenizer, located
     (path, revision), config, tokenizer = located(name), load_config(name, "--featurizer"), load_tokenizer(
         name, "--featurizer")
@@ -138,24 +142,28 @@ def load_featurizer(name):
                                                 output_loading_info=True)
         if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
             raise ValueError(f"{len(missing)} missing weights, {missing[0]} for one")
+        file = cached_file(path, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        modes = [key for key, on in (read_json(file) if file else {"last": True}).items() if on is True]
+        pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "last": "last",
+                "pooling_mode_lasttoken": "last"}[" ".join(key for key in modes if key != "include_prompt")]
     except Exception as error:
         raise UserError(f"--featurizer {name} could not be loaded ({first_line(error)}); give a model id, a folder, or "
                         "base, the run's own base model") from None
-    return model, tokenizer
+    return model, tokenizer, pool
 
 
 def featurizer(name, model, tokenizer, device, batch_size=32):
     """Return `features(texts) -> (N, H) float32`, which computes no text twice. With name base: the mean of the hidden
-    states of `model`, adapters off; with a model id or folder: the state of the last of at most 1024 tokens.
+    states of `model`, adapters off; with a model id or folder: its states of at most 1024 tokens, see load_featurizer.
     """
     import torch
     from data import bos_ids, plain_encoder
     from model import hidden_states, micro_batches, pad, positions, without_adapters
-    base, known = name == "base", {}  # known: text to features (H,)
+    base, known, pool = name == "base", {}, "mean"  # known: text to features (H,)
     if base:
         encode, bos = plain_encoder(tokenizer), bos_ids(tokenizer)
     else:
-        model, tokenizer = load_featurizer(name)
+        model, tokenizer, pool = load_featurizer(name)
         model.to(device).eval().config.use_cache = False
         limit = min(1024, tokenizer.model_max_length, positions(model))
 
@@ -173,8 +181,12 @@ def featurizer(name, model, tokenizer, device, batch_size=32):
                 hidden = (hidden_states(model, ids) if base else
                           model(input_ids=ids, attention_mask=mask).last_hidden_state)  # (B, T, H)
             for text, n, h in zip(batch, mask.sum(1).tolist(), hidden.float()):
-                known[text] = (h[:n].mean(0) if base else h[n - 1]).cpu().numpy().copy()  # (H,)
-        return np.stack([known.get(text, np.zeros_like(known["a"])) for text in texts])  # (N, H)
+                known[text] = {"mean": h[:n].mean(0), "cls": h[0], "last": h[n - 1]}[pool].cpu().numpy().copy()  # (H,)
+        found = np.stack([known.get(text, np.zeros_like(known["a"])) for text in texts])  # (N, H)
+        if not np.isfinite(found).all() or len({*texts}) > 3 and (found == found[0]).all():
+            raise UserError(f"--featurizer {name}: its features are not finite, or the same for all texts; the run is "
+                            "whole, so measure it with: python evaluate.py RUN --featurizer OTHER")
+        return found
 
     return features
 

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import hashlib
 import inspect
+import json
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns about a kernel that is optional
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # raised inside peft
+warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # peft, of GPT-2's transposed layers
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -61,7 +63,7 @@ def checked_device(name, deterministic=False):
         torch.use_deterministic_algorithms(True)
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there is no such GPU here; python train.py --preset demo needs none")
+        raise UserError(f"--device {name}: there is no such GPU here; --device cpu needs none, nor does --preset demo")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a CUDA graph is captured on the current device
     return device
@@ -92,15 +94,21 @@ def pinned(name, flag):
     return f"{path}@{extract_commit_hash(cached_file(path, 'config.json', revision=revision), None)}"
 
 
-def digests(folder):
-    """What tells the files of a model and of its tokenizer from others."""
-    found = {"weights": hashlib.blake2b(digest_size=8), "tokenizer": hashlib.blake2b(digest_size=8)}
-    for file in sorted(pathlib.Path(folder).iterdir()):
-        of_tokenizer = re.match("tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece", file.name)
-        if of_tokenizer or file.suffix == ".safetensors" or file.name in ("config.json", "generation_config.json"):
-            with open(file, "rb") as content:
-                part = hashlib.file_digest(content, "blake2b").digest()
-            found["tokenizer" if of_tokenizer else "weights"].update(file.name.encode() + part)
+def digests(folder, flag):
+    """What tells the files of a model (weights and configs) and of its tokenizer from others."""
+    found = {"model": hashlib.blake2b(digest_size=8), "tokenizer": hashlib.blake2b(digest_size=8)}
+    try:
+        for file in sorted(pathlib.Path(folder).iterdir()):
+            of_tokenizer = re.match("tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece", file.name)
+            if of_tokenizer or re.search(r"\.safetensors|config\.json", file.name):
+                with open(file, "rb") as content:
+                    part = hashlib.file_digest(content, "blake2b").digest()
+                found["tokenizer" if of_tokenizer else "model"].update(file.name.encode() + part)
+                index = json.loads(file.read_bytes()) if file.suffix == ".json" else {}  # a damaged one ends here
+                if any("/" in str(shard) for shard in index.get("weight_map", {}).values()):
+                    raise ValueError(f"{file.name} names weights in other folders")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{flag} {folder} cannot be used: {first_line(error)}") from None
     return {kind: digest.hexdigest() for kind, digest in found.items()}
 
 
@@ -111,6 +119,9 @@ def load_tokenizer(name, flag="--model"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not tokenizer("text").input_ids:
             raise ValueError("there are no tokenizer files beside the weights")
+        if tokenizer.is_fast and json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("dropout"):
+            raise ValueError("it splits words at random; remove dropout from tokenizer.json")
+        tokenizer.split_special_tokens = False  # those of a prompt are special; corpus text goes through plain_encoder
     except Exception as error:  # damaged files raise whatever the readers come across
         raise UserError(f"{flag} {name}: its tokenizer could not be loaded: {first_line(error)}") from None
     return tokenizer
@@ -353,7 +364,9 @@ def checkpoint_layers(model):
 
 def load_adapter(model, folder, name):
     """Read one adapter's weights from a folder in peft's format, where it may have another name."""
-    weights = load_file(pathlib.Path(folder) / "adapter_model.safetensors")
+    weights, config = load_file(pathlib.Path(folder) / "adapter_model.safetensors"), LoraConfig.from_pretrained(folder)
+    if any(getattr(config, key) != getattr(model.peft_config[name], key) for key in ("r", "lora_alpha", "use_rslora")):
+        raise ValueError(f"adapter_config.json of adapter {name} has another rank or alpha")
     expected = {key.replace(f".{name}.", ".") for key, _ in model.named_parameters()
                 if "lora_" in key and f".{name}." in key}
     if weights.keys() != expected:

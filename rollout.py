@@ -319,7 +319,7 @@ def probe(writer, player, windows, judge=None):
     prompts = [writer.prompt_ids(w.prefix) for w in windows]
     text = "\n".join(w.prefix + w.sep + w.truth for w in windows)
     prompts[0] = (prompts[0] + writer.encode(text)[0] * most)[:most + args.completion_tokens]
-    prompts[1] = prompts[1][:-len(prompts[1]) // 4]
+    prompts[1] = prompts[1][:len(prompts[1]) * 3 // 4 or 1]
     params = adapter_parameters(player.model, player.adapter)
     kept, rng = [p.detach().clone() for p in params], rng_for("probe")
     try:
@@ -333,6 +333,8 @@ def probe(writer, player, windows, judge=None):
             judged = judge.score(windows, [window.truth for window in windows[1:] + windows[:1]], 0)
             for rows in micro_batches(judged.shown, args.micro_batch):
                 judge.loss(judged, rows)[0].backward()
+            if not judged.read.any():
+                print("none of the untrained discriminator's verdicts can be parsed; it cannot learn until some can")
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -116,7 +116,7 @@ def read_factors(specs):
 
 def read_table(path, factors):
     """The rows of a .csv that has a column per factor and one named mauve; those without a mauve are left out."""
-    rows, ids, lines, names = [], set(), None, ["mauve", *(f.name for f in factors)]
+    rows, lines, names = [], None, ["mauve", *(f.name for f in factors)]
     try:
         lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), skipinitialspace=True, strict=True)
         for name in names:
@@ -125,9 +125,6 @@ def read_table(path, factors):
         for line in lines:
             if None in line or None in line.values():
                 raise ValueError("this row has more or fewer cells than the header")
-            if line.get("id") in ids:
-                raise ValueError(f"the id {line['id']} is there twice")
-            ids |= {line.get("id")} - {None, ""}
             if line["mauve"].strip():
                 rows.append({name: float(line[name]) for name in names})
                 if not all(math.isfinite(f.coded(rows[-1][f.name]) + rows[-1]["mauve"]) for f in factors):
@@ -141,17 +138,14 @@ def read_table(path, factors):
     return rows
 
 
-def result_of(folder):
-    """What a finished run measured, else {}: evaluate.py can measure a stopped run, too."""
-    run = Run(folder) if (folder / "args.json").exists() else None
-    finished = run and run.result.get("num_steps") == run.args.num_steps
-    return {key: run.result.get(key) for key in MEASURED} if finished else {}
-
-
-def progress(folder):
-    """", k of n steps" of a run that is not finished."""
-    run = Run(folder) if (folder / "args.json").exists() else None
-    return f", {len(run.metrics)} of {run.args.num_steps} steps" if run else ""
+def outcome(folder):
+    """What a finished run measured, else {}, and how far it has come."""
+    if not (folder / "args.json").exists():
+        return {}, ""
+    run = Run(folder)
+    finished = run.result.get("num_steps") == run.args.num_steps  # evaluate.py can measure a stopped run, too
+    return ({key: run.result.get(key) for key in MEASURED} if finished else {},
+            f", {len(run.metrics)} of {run.args.num_steps} steps")
 
 
 class Sweep:
@@ -209,7 +203,7 @@ class Sweep:
         folder, log, code, passed_on = self.out_dir / row["id"], self.out_dir / f"{row['id']}.log", None, 0
         if self.stop:
             return
-        if not result_of(folder):
+        if not outcome(folder)[0]:
             print(f"run {row['id']}: {shlex.join(words)}", flush=True)
             if (folder / "args.json").exists():
                 words = [f"--resume={folder}"]
@@ -227,9 +221,8 @@ class Sweep:
                     passed_on += 1
                 time.sleep(0.1)
             self.gpus.append(gpu)
-        result = result_of(folder)
-        ended = "done" if result else ("stopped" if self.stop else f"failed ({code})") + progress(folder)
-        row.update(result, status=ended)
+        result, progress = outcome(folder)
+        row.update(result, status="done" if result else ("stopped" if self.stop else f"failed ({code})") + progress)
         ending = f"mauve {row['mauve']:.3f}" if result else log.read_text(errors="replace").strip().rpartition("\n")[2]
         print(f"run {row['id']}: {row['status']}: {escaped(ending)[:300]}", flush=True)
 
@@ -295,15 +288,16 @@ def main(argv):
                         "--seeds above 0; --results runs nothing")
     rows = read_table(args.results, factors) if args.results else []
     sweep = Sweep(args.out_dir or (args.results.parent if args.results else "out/sweep"), factors, rows, args)
+    full = ""
     try:
         if not args.results:
             sweep.climb(words)
         sweep.write()
     except OSError as error:
-        print("\n" + sweep.report(), flush=True)  # a full disk must not cost the numbers
-        raise UserError(f"--out_dir {sweep.out_dir} cannot be written to ({error}); make room, or name another") \
-            from None
-    print("\n" + sweep.report(), flush=True)
+        full = f"--out_dir {sweep.out_dir} cannot be written to ({error}); make room, or name another"
+    print("\n" + sweep.report(), flush=True)  # a full disk must not cost the numbers
+    if full:
+        raise UserError(full)
     if sweep.stop:
         print("stopped; the same command continues")
         raise SystemExit(128 + sweep.stop[0])

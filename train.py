@@ -69,7 +69,7 @@ def flags(words=None):
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
     add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy per text, or Bradley-Terry per pair")
-    add("--d_loss_scale", type=float, default=1.0, help="factor on the loss")
+    add("--d_loss_scale", type=float, default=1.0, help="factor on the loss, which Adam cancels but for --grad_clip")
     add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last hidden state or the mean")
     add("--d_think_tokens", type=int, default=None,
         help="thinking budget of --disc reason (default: same as --reasoning_tokens)")
@@ -185,7 +185,7 @@ if __name__ == "__main__":
     # the floor: what the untrained base (adapter None) writes for the very prefixes that the run will end with
     total = args.num_steps * B
     num_floor = min(args.floor_sequences, total)
-    if num_floor and len(read_lines(out_dir / "floor.jsonl")) < num_floor:
+    if num_floor and len(read_lines(out_dir / "floor.jsonl")) != num_floor:
         rows = []
         for first in tqdm(range(total - num_floor, total, max(B, 32)), desc="floor"):
             place = range(first, min(first + max(B, 32), total))

@@ -2,20 +2,23 @@
 import copy
 import errno
 import json
+import math
 import os
 import shutil
 import sys
 from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 import checkpoint
 from model import Player
 from reward import Baseline
 
 FLAGS = dict(prompt="{text}", num_steps=3, d_warmup=1, batch_size=4, rank=4)
-ADAM = dict(optim="adam", grad_clip=1.0, beta1=0.9, beta2=0.9, dtype="fp32")
+ADAM = dict(optim="adam", grad_clip=1.0, beta1=0.9, beta2=0.9, dtype="fp16")
 
 
 @pytest.fixture
@@ -57,41 +60,27 @@ def first(state, player=0):
     return state["players"][player]["optimizer"]["state"][0]
 
 
-def scaled(state, **values):
-    state["players"][0]["scaler"] = values
-
-
 DAMAGE = {  # what is done to state.pt
     "a file of the user's": lambda s, out: s["lengths"].update({str(out / "args.json"): 0}),
     "another file of the run": lambda s, out: s["lengths"].update({"args.json": 0}),
     "no length": lambda s, out: s["lengths"].pop("rollouts.jsonl"),
-    "a bool": lambda s, out: s["lengths"].update({"metrics.jsonl": True}),
     "a float": lambda s, out: s["lengths"].update({"metrics.jsonl": 0.0}),
     "negative": lambda s, out: s["lengths"].update({"rollouts.jsonl": -1}),
     "too long": lambda s, out: s["lengths"].update({"rollouts.jsonl": 99}),
     "within a line": lambda s, out: s["lengths"].update({"rollouts.jsonl": 5}),
-    "a list of lengths": lambda s, out: s.update(lengths=["metrics.jsonl", "rollouts.jsonl"]),
     "a link": lambda s, out: ((out / "rollouts.jsonl").rename(out.parent / "x"),
                               (out / "rollouts.jsonl").symlink_to(out.parent / "x")),
-    **{f"step {step!r}": lambda s, out, step=step: s.update(step=step) for step in (
-        -2, 0, 1, 3, 4, 2.0, True, "2", None, 10 ** 30)},
-    **{f"baseline {mean} {variance}": lambda s, out, pair=(mean, variance): s.update(
-        baseline=dict(zip(("mean", "variance"), pair))) for mean, variance in (
-        (float("nan"), 1.0), (0.5, -1.0), ("x", "y"), (None, 1.0), (float("inf"), 1.0), ([], 1.0))},
-    "no baseline": lambda s, out: s.pop("baseline"),
+    **{f"step {step!r}": lambda s, out, step=step: s.update(step=step) for step in (-2, 1, 3, 2.0, None)},
+    **{f"baseline {mean}": lambda s, out, mean=mean, variance=variance: s.update(
+        baseline=dict(mean=mean, variance=variance)) for mean, variance in ((math.nan, 1.0), (0.5, -1.0), ("x", "y"))},
     "a moment of another shape": lambda s, out: first(s).update(exp_avg=torch.zeros(3)),
-    "a moment of another type": lambda s, out: first(s).update(exp_avg=torch.zeros_like(first(s)["exp_avg"]).int()),
-    "a moment that is nan": lambda s, out: first(s)["exp_avg_sq"].view(-1)[0].fill_(float("nan")),
+    "a moment that is nan": lambda s, out: first(s)["exp_avg_sq"].view(-1)[0].fill_(math.nan),
     "no moment": lambda s, out: first(s).pop("exp_avg"),
-    "a moment too many": lambda s, out: first(s, 1).update(mine=torch.zeros(1)),
-    "a negative count": lambda s, out: first(s)["step"].fill_(-5),
+    "a negative count": lambda s, out: first(s, 1)["step"].fill_(-5),
     "a parameter too many": lambda s, out: s["players"][0]["optimizer"]["state"].update({999: first(s)}),
-    "no optimiser": lambda s, out: s["players"][0].update(optimizer=None),
-    "bad steps": lambda s, out: s["players"][0].update(bad_steps="3"),
-    "bad steps below 0": lambda s, out: s["players"][0].update(bad_steps=-3),
-    "a loss scale": lambda s, out: scaled(s, scale=float("nan")),
+    "bad steps": lambda s, out: s["players"][0].update(bad_steps=-3),
+    "a loss scale": lambda s, out: s["players"][0]["scaler"].update(scale=math.nan),
     "one player": lambda s, out: s["players"].pop(),
-    "a list of players": lambda s, out: s.update(players=3),
     "format": lambda s, out: s.update(format=[2]),
 }
 
@@ -109,29 +98,20 @@ def test_a_damaged_state_is_one_line_and_nothing_is_cut(damage, run, capsys):
     assert f"--resume {out}: ckpt cannot be used (" in err and all_bytes(out) == before
 
 
-@pytest.mark.parametrize("damage", ["nan", "size", "keys", "empty", "folder"])
-def test_a_damaged_head_or_adapter_is_one_line(damage, run, capsys):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("damage", ["nan", "size", "keys", "cut"])
+@pytest.mark.parametrize("name", ["head.safetensors", "generator/adapter_model.safetensors"])
+def test_a_damaged_head_or_adapter_is_one_line(name, damage, run, capsys):
     out, *rest, files = run
     checkpoint.save(out, 2, *rest, files)
-    for file in (out / "ckpt/head.safetensors", out / "ckpt/generator/adapter_model.safetensors"):
-        weights, whole = load_file(file), file.read_bytes()
-        key = next(iter(weights))
-        file.unlink()
-        if damage == "folder":
-            file.mkdir()
-        elif damage == "empty":
-            file.write_bytes(b"")
-        else:
-            save_file(weights | {"nan": {key: weights[key] * float("nan")}, "size": {key: torch.zeros(7, 7)},
-                                 "keys": {"x": torch.zeros(1)}}[damage], file)
-        assert "ckpt cannot be used (" in ends(lambda: checkpoint.restore(out, *rest), capsys)
-        shutil.rmtree(file) if damage == "folder" else file.unlink()
-        file.write_bytes(whole)
-    assert checkpoint.restore(out, *rest) == 2
+    file = out / "ckpt" / name
+    key, x = next(iter(load_file(file).items()))
+    more = dict(nan={key: x * math.nan}, size={key: torch.zeros(7, 7)}, keys={"x": torch.zeros(1)}, cut={})[damage]
+    whole = save(load_file(file) | more)
+    file.write_bytes(whole[:-9] if damage == "cut" else whole)
+    assert "ckpt cannot be used (" in ends(lambda: checkpoint.restore(out, *rest), capsys)
 
 
-@pytest.mark.parametrize("run", [{}, {"optim": "adam8bit"}, {"dtype": "fp16"}], indirect=True)
+@pytest.mark.parametrize("run", [{}, {"optim": "adam8bit"}], indirect=True)
 def test_what_is_saved_is_restored_and_later_lines_are_cut(run):
     out, players, judge, baseline, stream, files = run
     checkpoint.save(out, 2, players, judge, baseline, stream, files)
@@ -143,77 +123,56 @@ def test_what_is_saved_is_restored_and_later_lines_are_cut(run):
         player.optimizer.state.clear()
     assert checkpoint.restore(out, players, judge, Baseline(0.9, True), stream) == 2
     restored = players[0].optimizer.state[players[0].params[0]]
-    assert state.keys() == restored.keys() and all(torch.equal(*map(torch.as_tensor, (state[key], restored[key])))
-                                                   for key in state)
-    assert players[0].optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    assert state.keys() == restored.keys()
+    assert all(torch.equal(*map(torch.as_tensor, (state[key], restored[key]))) for key in state)
     files[0].seek(0, os.SEEK_END)
     checkpoint.save(out, 2, players, judge, baseline, stream, files)
-    assert {path: x for path, x in all_bytes(out).items() if path.name != "state.pt"} == {
-        path: x for path, x in whole.items() if path.name != "state.pt"}
+    whole.pop(out / "ckpt" / "state.pt")
+    assert whole.items() <= all_bytes(out).items()
 
 
-@pytest.mark.parametrize("what", ["removed", "moved", "replaced", "emptied", "made again"])
+@pytest.mark.parametrize("what", ["removed", "moved", "replaced", "emptied"])
 def test_a_run_whose_files_are_gone_ends_at_its_next_checkpoint(what, run, capsys):
     out, *rest = run
     checkpoint.save(out, 2, *rest)
-    metrics = out / "metrics.jsonl"
-    if what == "moved":
-        out.rename(out.with_name("elsewhere"))
-    elif what == "replaced":  # as an editor saves a file
-        (out / "new").write_bytes(metrics.read_bytes())
-        (out / "new").rename(metrics)
-    elif what == "emptied":
-        metrics.write_text("")
-    else:
-        shutil.rmtree(out)
-        if what == "made again":
-            shutil.copytree(os.path.dirname(__file__), out, ignore=lambda *_: os.listdir(os.path.dirname(__file__)))
+    metrics, copied = out / "metrics.jsonl", out / "copy"
+    if what == "replaced":  # as an editor saves a file
+        shutil.copy(metrics, copied)
+    {"removed": lambda: shutil.rmtree(out), "moved": lambda: out.rename(out.with_name("elsewhere")),
+     "replaced": lambda: copied.rename(metrics), "emptied": lambda: metrics.write_text("")}[what]()
     err = ends(lambda: checkpoint.save(out, 3, *rest), capsys)
-    assert f"{metrics} was moved, deleted or replaced" in err and "train.py --resume" in err or what != "replaced"
-    assert out.exists() == (what in ("replaced", "emptied", "made again")) and not (out / "ckpt.new").exists()
+    assert f"{metrics} was moved, deleted or replaced" in err and "--resume" in err
+    assert out.exists() == (what in ("replaced", "emptied")) and not (out / "ckpt.new").exists()
 
 
-@pytest.mark.parametrize("name", ["ckpt", "ckpt.old", "ckpt.new", "a file", "nowhere"])
+@pytest.mark.parametrize("name", ["ckpt", "ckpt.old", "ckpt.new"])
 def test_a_link_in_the_place_of_a_checkpoint_is_removed_and_what_it_names_stays(name, run, tmp_path):
     out, *rest, files = run
     checkpoint.save(out, 2, *rest, files)
-    link, disk = out / (name if name.startswith("ckpt") else "ckpt"), tmp_path / "disk"
-    shutil.copytree(out / "ckpt", disk)
-    if link.exists():
-        shutil.rmtree(link)
-    link.write_text("") if name == "a file" else link.symlink_to(tmp_path / "no" if name == "nowhere" else disk)
-    before = all_bytes(disk)
-    if name == "ckpt":
-        assert checkpoint.restore(out, *rest) == 2
+    (out / "ckpt").rename(tmp_path / "disk")
+    (out / name).symlink_to(tmp_path / "disk")
+    before = all_bytes(tmp_path / "disk")
     for _ in range(3):
         checkpoint.save(out, 2, *rest, files)
-    assert checkpoint.restore(out, *rest) == 2 and all_bytes(disk) == before
+        assert checkpoint.restore(out, *rest) == 2
+    assert all_bytes(tmp_path / "disk") == before
     assert sorted(path.name for path in out.iterdir()) == ["args.json", "ckpt", "metrics.jsonl", "rollouts.jsonl"]
 
 
-def test_a_full_disk_says_whether_there_is_a_checkpoint(run, monkeypatch, capsys):
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_full_disk_says_whether_there_is_a_checkpoint(saved, run, monkeypatch, capsys):
     out, *rest = run
-    save_file = checkpoint.save_file
-    full = OSError(errno.ENOSPC, "No space left on device")
-
-    def fails(*args):
-        raise full
-
-    def hooked():
-        monkeypatch.setattr(os, "_exit", sys.exit)
-        monkeypatch.setattr(sys, "excepthook", None)
-        checkpoint.explain_failures(out)
-        sys.excepthook(OSError, full, None)
-
-    for end in (lambda: checkpoint.save(out, 2, *rest), hooked):
-        monkeypatch.setattr(checkpoint, "save_file", fails)
-        err = ends(end, capsys)
-        assert "make room" in err and "there is no checkpoint yet" in err and "resume" not in err
-        monkeypatch.setattr(checkpoint, "save_file", save_file)
+    if saved:
         checkpoint.save(out, 2, *rest)
-        monkeypatch.setattr(checkpoint, "save_file", fails)
-        assert f"the last checkpoint is intact: python train.py --resume {out}" in ends(end, capsys)
-        shutil.rmtree(out / "ckpt")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", mock.Mock(side_effect=full))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "excepthook", None)
+    checkpoint.explain_failures(out)
+    wanted = f"the last checkpoint is intact: python train.py --resume {out}" if saved else "there is no checkpoint yet"
+    for end in (lambda: checkpoint.save(out, 3, *rest), lambda: sys.excepthook(OSError, full, None)):
+        err = ends(end, capsys)
+        assert "make room" in err and wanted in err
 
 
 @pytest.mark.parametrize("where", ["weight", "moment", "head"])
@@ -222,6 +181,6 @@ def test_what_is_not_finite_is_not_saved(where, run, capsys):
     checkpoint.save(out, 2, players, judge, *rest)
     before, weight = all_bytes(out), players[1].params[0]
     spoilt = {"weight": weight, "moment": players[1].optimizer.state[weight]["exp_avg"], "head": judge.bias}[where]
-    spoilt.data.view(-1)[0] = float("inf")
+    spoilt.data.view(-1)[0] = math.inf
     err = ends(lambda: checkpoint.save(out, 3, players, judge, *rest), capsys, status=1)
     assert "not finite" in err and "the last checkpoint is intact" in err and all_bytes(out) == before

@@ -39,7 +39,7 @@ def write(path, texts):
 
 @pytest.fixture
 def refusal(capsys):
-    """Runs what must end in one line of advice and status 2; returns that line."""
+    """A function that runs what must end in one line of advice and status 2, and returns that line."""
     def line(work, *args):
         capsys.readouterr()
         with pytest.raises(SystemExit) as error:
@@ -88,17 +88,16 @@ def test_a_marker_in_the_vocabulary_is_split_and_a_text_that_needs_one_is_left_o
     assert "; 3 have characters" in refusal(windows, run(write(tmp_path / "b.jsonl", texts[5:]), **few), encode)
 
 
-@pytest.mark.parametrize("template", [PROMPT, "{text}", "<s>{text}"])
-def test_a_llama_prompt_begins_with_one_bos_whatever_the_text(template):
+def test_a_llama_prompt_begins_with_one_bos_whatever_the_text():
     tokenizer = AutoTokenizer.from_pretrained(shared("stories260k"))
-    ids = prompt_ids(tokenizer, plain_encoder(tokenizer), template, "Once </s> <s> upon")
-    assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
+    for template in PROMPT, "{text}", "<s>{text}":
+        ids = prompt_ids(tokenizer, plain_encoder(tokenizer), template, "Once </s> <s> upon")
+        assert ids[0] == 1 and ids.count(1) == 1 and 2 not in ids
 
 
-@pytest.mark.parametrize("text", ["one two three four", "caf\u00e9 \u2603\ufe0f \U0001f600 \u65e5\u672c", "x" * 50])
-def test_clip_keeps_whole_characters_and_at_most_n_tokens(encode, text):
-    before = "prefix "
-    for n in range(12):
+def test_clip_keeps_whole_characters_and_at_most_n_tokens(encode):
+    before, text = "prefix ", "one two caf\u00e9 \u2603\ufe0f \U0001f600 \u65e5\u672c" + "x" * 50
+    for n in range(40):
         cut, left = clip(encode, before, text, n)
         assert text.startswith(cut) and left <= n and "\ufffd" not in cut
         assert sum(end > len(before) for _, end in encode(before + text)[1] if end <= len(before + cut)) == left
@@ -163,10 +162,9 @@ def test_held_out_documents_that_share_thirteen_words_with_another_are_left_out(
             assert data.novel(texts, [*kept, f"other {part} other"]) == texts[n == 13:]
     assert data.novel([*held, f"again {held[1]}"], kept) == held
     near = next(text for i in range(999) if not held_out(text := f"{i} {held[0]}"))
-    stream = windows(run(write(tmp_path / "a.jsonl", [*DOCUMENTS, near])), encode, "held_out")
-    assert stream.texts == held[1:] and near not in stream.texts
-    assert f"1 of {len(held)} held-out documents share 13 words" in (printed := capsys.readouterr().err)
-    assert printed.endswith(f"{len(held) - 1} remain\n")
+    assert windows(run(write(tmp_path / "a.jsonl", [*DOCUMENTS, near])), encode, "held_out").texts == held[1:]
+    printed = capsys.readouterr().err
+    assert f"1 of {len(held)} held-out documents share 13 words" in printed and f"{len(held) - 1} remain" in printed
 
 
 @pytest.mark.parametrize("few", [2000, 50])  # all documents are checked at the start, or a sample
@@ -175,26 +173,21 @@ def test_documents_without_a_window_are_replaced_by_others(few, tmp_path, encode
     short = ["alpha beta gamma " * 2] * 300
     monkeypatch.setattr(data, "FEW", few)
     monkeypatch.setattr(data, "TRIES", 20)
-    path = write(tmp_path / "a.jsonl", DOCUMENTS[:100] + odd + short)
-    stream = windows(run(path, num_steps=9, batch_size=9), encode)
+    stream = windows(run(write(tmp_path / "a.jsonl", DOCUMENTS[:100] + odd + short)), encode)
     batch = [stream[p] for p in range(300)]
     assert len({window.prefix for window in batch}) > 200
     assert all(window.prefix.strip() and window.truth.strip() for window in batch)
-    assert ("about " in stream.summary()) == (few == 50) and "epochs" in stream.summary()
+    assert ("about " in stream.summary()) == (few == 50)
     only_short = run(write(tmp_path / "b.jsonl", short))
     assert "no text longer than 24 tokens" in refusal(lambda: windows(only_short, encode)[0])
 
 
-@pytest.mark.parametrize("source", ["corpus", "pile"])
-def test_neither_side_of_the_cut_begins_or_ends_with_its_white_space(source, tmp_path, encode):
-    path = shared("pile/pile_200.jsonl") if source == "pile" else write(tmp_path / "a.jsonl", DOCUMENTS)
-    stream = windows(run(path, prefix_tokens=40, completion_tokens=24), encode)
-    batch = [stream[position] for position in range(150)]
-    for prefix, sep, truth in batch:
-        assert not prefix[-1].isspace() and not truth[0].isspace() and (sep == "" or sep.isspace())
+def test_neither_side_of_the_cut_begins_or_ends_with_its_white_space(tmp_path, encode):
+    stream = windows(run(write(tmp_path / "a.jsonl", DOCUMENTS), prefix_tokens=40, completion_tokens=24), encode)
+    for prefix, sep, truth in map(stream.__getitem__, range(150)):
+        assert not prefix[-1].isspace() and not truth[0].isspace() and sep.isspace()
         assert 0 < clip(encode, prefix + sep, truth, 1000)[1] <= 25  # cut at 24; the cut may add one
-        assert source == "pile" or any(prefix + sep + truth in text for text in DOCUMENTS)
-    assert sum(sep == "" for _, sep, _ in batch) < 5
+        assert any(prefix + sep + truth in text for text in DOCUMENTS)
 
 
 @pytest.mark.parametrize("text", ["x" * 400, "first line\n" + "日本語の文" * 100, "我们走吧。\n" * 90, "ไปเที่ยวที่นี่ " * 40])
@@ -209,7 +202,7 @@ def test_the_cut_moves_back_by_a_bounded_distance_and_not_at_all_without_spaces(
 @pytest.mark.parametrize("text, wanted", [
     ("a  b\tc\u3000d\x85e\n", "a b c d e"), ("naïve “words”, 한국어 텍스트 ฿100", "naïve “words”, 한국어 텍스트 ฿100"),
     ("我在GitHub上， 好", "我 在 GitHub 上 ， 好"), ("カ\u3099は葛\U000e0100", "カ\u3099 は 葛\U000e0100"), ("ที่นี่", "ที่ นี่"),
-    ("ខ្ញុំ\u200bទៅ", "ខ្ ញុំ\u200b ទៅ"), ("မြန်မာ", "မြ န် မာ"), ("ລາວ", "ລ າ ວ"), ("\u0e48a", "\u0e48 a"), ("", "")])
+    ("ខ្ញុំ\u200bទៅ", "ខ្ ញុំ\u200b ទៅ"), ("မြန်မာ", "မြ န် မာ"), ("ລາວ", "ລ າ ວ"), ("", "")])
 def test_words_are_split_by_white_space_and_in_scripts_without_it_by_character(text, wanted):
     assert data.words(text) == wanted.split()
 
@@ -249,22 +242,16 @@ def test_a_few_records_without_a_text_are_left_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, wanted", [
     ("a.bin", b"x", "hub:user/name"), ("missing.jsonl", None, "cannot be read"),
-    ("a.jsonl", b'"x"\nhello\n', "record 2: damaged"), ("a.json", b'[{"text": "a', "cannot be read"),
-    ("a.jsonl", b'{"c": "x"}\n', "{'c': 'x'}"), ("a.csv", b"content\nx\n", "{'content': 'x'}"),
-    ("a.jsonl.zst", zstandard.compress(bytes(9999))[:9], "cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b"x" * 99999)[:60], "cannot be read"),
+    ("a.jsonl", b'"x"\nhello\n', "record 2: damaged"), ("a.jsonl", b'"x"\n' * 200 + b'"y', "its last line is cut off"),
     ("a.jsonl.zst", zstandard.compress(b'"x"\n') + zstandard.compress(bytes(9999))[:9], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"x" * 99999)[:60], "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"x\n" * 99)[:-9] + bytes(9), "cannot be read"),
-    ("a.jsonl", b'"x"\n' * 200 + b'"y', "its last line is cut off"), ("a.jsonl", b'{"text": ["a"]}\n', "['a']"),
-    ("a.json", b'{"text": ["a", "b"]}', "['a', 'b']"), ("a.json", b'"x"\n"y"\n', "cannot be read"),
+    ("a.json", b'[{"text": "a', "cannot be read"), ("a.json", b'{"text": ["a", "b"]}', "['a', 'b']"),
     ("a.txt", "x".encode("utf-16"), "cannot be read"), ("a.md", b"caf\xe9", "cannot be read"),
-    ("a.txt", b"text" + bytes(99), "damaged"), ("a.txt", "text".encode("utf-16-le"), "damaged"),
-    ("a.csv", "text\nx".encode("utf-16"), "cannot be read"), ("a.csv", b'text\n"x\ny', "cannot be read"),
+    ("a.txt", b"text" + bytes(99), "damaged"), ("a.csv", b'text\n"x\ny', "cannot be read"),
     ("a.csv", b"text\na, b\n", "damaged"), ("a.csv", b"text,id\nx,1\nhal", "record 2: damaged"),
-    ("a.csv", b"\x1b[31m\nx\n", "{'\\x1b[31m': 'x'}"),
-    ("a.parquet", b"x", "cannot be read"), ("a.arrow", b"ARROW1 x", "cannot be read"),
-    ("a.jsonl", b'{"text": "a b"}\n', "no text longer than 24"), ("a.md", b"", "no text longer"),
-])
+    ("a.csv", b"\x1b[31m\nx\n", "{'\\x1b[31m': 'x'}"), ("a.arrow", b"ARROW1 x", "cannot be read"),
+    ("a.jsonl", b'{"text": "a b"}\n', "no text longer than 24"), ("a.md", b"", "no text longer")])
 def test_a_bad_source_is_one_line_that_names_the_flag(name, content, wanted, tmp_path, encode, refusal):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -272,24 +259,23 @@ def test_a_bad_source_is_one_line_that_names_the_flag(name, content, wanted, tmp
     assert wanted in printed and "--data" in printed
 
 
-@pytest.mark.parametrize("source", ["pile", "hub:user/name:train"])
-def test_a_stream_reads_floor_and_warm_up_first_and_can_be_entered_anywhere(source, tmp_path, encode, monkeypatch):
+def test_a_stream_reads_floor_and_warm_up_first_and_can_be_entered_anywhere(tmp_path, encode, monkeypatch):
     import datasets
     for shard in range(3):
         write(tmp_path / f"train-{shard}.jsonl.zst", [f"shard {shard} " + text for text in DOCUMENTS[:40]])
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, config, revision, **kw: load(str(tmp_path), **kw))
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo: Namespace(sha=f"commit of {repo}"))
-    flags = run(source, num_steps=20, batch_size=4, floor_sequences=10, d_warmup=2, seed=1)
+    flags = run("hub:user/name:train", num_steps=20, batch_size=4, floor_sequences=10, d_warmup=2, seed=1)
     stream = windows(flags, encode)
-    assert stream.count == 1 and stream.revision.startswith("commit of ")
+    assert stream.count == 1 and stream.revision == "commit of user/name"
     needed = [stream[p] for p in range(70, 88)]  # the run's last 10 windows, then those of the warm-up
     assert stream.count == 18
     rest = [stream[p] for p in range(88)]
     assert rest[70:] == needed and stream.count == 88
     assert windows(flags, encode)[60] == rest[60]  # entered ahead
     assert windows(flags, encode)[200] == stream[200]  # past the run, epochs later
-    assert len(windows(run(source, num_steps=20, batch_size=4), encode).seen) == 1  # neither floor nor warm-up
+    assert windows(run("pile"), encode)[0]  # tools have neither floor nor warm-up
 
 
 def test_a_stream_forgets_what_is_not_needed_again_and_goes_on_from_its_state(encode, monkeypatch):
@@ -313,6 +299,5 @@ def test_a_stream_forgets_what_is_not_needed_again_and_goes_on_from_its_state(en
 
 
 def test_a_stream_that_is_out_of_reach_is_one_line(encode, refusal):
-    printed = refusal(windows, run("hub:no-such-owner/no-such-set"), encode)
-    assert "--data hub:no-such-owner/no-such-set" in printed and "local path" in printed
+    assert "give a local path" in refusal(windows, run("hub:no-such-owner/no-such-set"), encode)
     assert "hub:user/name" in refusal(windows, run("hub:name"), encode)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from model import add_adapters, load_model
@@ -119,7 +119,6 @@ def test_changes_are_rounded_once_and_what_rounding_loses_is_printed(tiny_folder
 def test_a_quantised_run_gets_a_note_and_the_card_is_whole_without_private_folders(runs, tmp_path, capsys):
     call(runs / "Q", "--merge", tmp_path / "merged")
     assert capsys.readouterr().out.startswith("note: trained on quantised weights")
-    assert {x.dtype for x in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     text = (tmp_path / "merged" / "README.md").read_text()
     wanted = "mauve 0.876", "data=x.txt", "hub=hub:a/b", "temperature=0.7", "+1 x shared of Q", FLAGS["prompt"]
     assert [words for words in wanted if words not in text] == []
@@ -127,32 +126,27 @@ def test_a_quantised_run_gets_a_note_and_the_card_is_whole_without_private_folde
 
 
 def test_a_card_has_no_markup_of_a_runs_files_and_says_k_of_n_steps(runs, tmp_path):
-    bad, prompt = "<img src=x> [a](http://b) `c` ~~~~ \n# d", "{text}\n~~~~~\n<script>"
-    shutil.copytree(runs / "A", tmp_path / "<b>run</b>")
-    info = json.loads((runs / "A" / "args.json").read_text())
+    bad, prompt, run = "<img src=x> [a](http://b) `c` ~~~~ \n# d", "{text}\n~~~~~\n<script>", tmp_path / "<b>run</b>"
+    shutil.copytree(runs / "A", run)
+    info = json.loads((run / "args.json").read_text()) | dict(device=bad, commit=bad, versions={bad: bad})
     info["args"] |= dict(num_steps=40, data=bad, prompt=prompt)
-    info |= dict(device=bad, commit=bad, versions={bad: bad})
-    (tmp_path / "<b>run</b>" / "args.json").write_text(json.dumps(info))
-    (tmp_path / "<b>run</b>" / "result.json").write_text(json.dumps({"mauve": 0.5, "num_steps": 7, bad: 0.25}))
-    call(tmp_path / "<b>run</b>", "--save_adapter", tmp_path / "<i>new")
+    (run / "args.json").write_text(json.dumps(info))
+    (run / "result.json").write_text(json.dumps({"mauve": 0.5, "num_steps": 7, bad: 0.25}))
+    call(run, "--save_adapter", tmp_path / "<i>new")
     text = (tmp_path / "<i>new" / "README.md").read_text()
     head, _, fenced = text.partition("\n~~~~~~\n")
     assert fenced == prompt + "\n~~~~~~\n" and "Scores after 7 of 40 steps: mauve 0.500" in head
     assert not any(part in head for part in ("<", "[a]", "`c`", "\n# d")) and head.count("`") == 2
 
 
-@pytest.mark.parametrize("damage", ["rank", "nan", "cut", "config"])
-def test_a_damaged_adapter_is_one_line_and_leaves_nothing(damage, runs, tmp_path, capsys):
+@pytest.mark.parametrize("file, damage", [
+    ("adapter_config.json", lambda weights: b"[]"), ("adapter_model.safetensors", lambda weights: save(weights)[:999]),
+    ("adapter_model.safetensors", lambda weights: save({key: x * torch.nan for key, x in weights.items()})),
+    ("adapter_model.safetensors", lambda weights: save({key: torch.zeros(2, 3) for key in weights}))])
+def test_a_damaged_adapter_is_one_line_and_leaves_nothing(file, damage, runs, tmp_path, capsys):
     shutil.copytree(runs / "A", tmp_path / "A")
-    file = tmp_path / "A" / "ckpt" / "generator" / "adapter_model.safetensors"
-    weights = load_file(file)
-    if damage == "config":
-        (file.parent / "adapter_config.json").write_text("[]")
-    elif damage == "cut":
-        file.write_bytes(file.read_bytes()[:999])
-    else:
-        change = dict(rank=lambda x: torch.zeros(2, 3), nan=lambda x: x * torch.nan)[damage]
-        save_file({key: change(x) for key, x in weights.items()}, file)
+    folder = tmp_path / "A" / "ckpt" / "generator"
+    (folder / file).write_bytes(damage(load_file(folder / "adapter_model.safetensors")))
     for target in ("--save_adapter", "--merge"):
         with pytest.raises(SystemExit, match="2"):
             call(tmp_path / "A", target, tmp_path / "new")

@@ -84,6 +84,8 @@ DAMAGES = {
                         "could not be loaded"),
     "a config that is no config": (lambda f: (f / "config.json").write_text("[1]"), "could not be loaded"),
     "torn weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x10" * 99), "could not be loaded"),
+    "a tokenizer with dropout": (lambda f: edit(f / "tokenizer.json", model=json.loads((f / "tokenizer.json").read_text())[
+        "model"] | {"dropout": 0.3}), "splits words at random"),
     "an end token by name": (lambda f: edit(f / "generation_config.json", eos_token_id="</s>"), "eos_token_id in its"),
     "nan in its weights": (lambda f: scale(f, "model.norm.weight", float("nan")), "states are not finite"),
 }
@@ -206,9 +208,14 @@ def test_a_hub_id_is_pinned_to_its_commit_and_a_folder_by_its_files(folder, tmp_
     assert pinned("some/base", "--model") == pinned("some/base@main", "--model") == "some/base@" + "a" * 40
     assert located("some/base@v1") == ("some/base", "v1") and located("demo")[1] == "main"
     assert pinned(str(folder), "--model") == str(folder)
-    before = digests(folder)
+    before = digests(folder, "--model")
     scale(folder, "model.norm.weight", 1.001)
-    after = digests(folder)
-    assert before["weights"] != after["weights"] and before["tokenizer"] == after["tokenizer"]
+    after = digests(folder, "--model")
+    assert before["model"] != after["model"] and before["tokenizer"] == after["tokenizer"]
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../elsewhere.safetensors"}}')
+    with pytest.raises(UserError) as error:
+        digests(folder, "--model")
+    assert "names weights in other folders" in error.value.message
+    (folder / "model.safetensors.index.json").unlink()
     add_tokens(folder)
-    assert digests(folder)["tokenizer"] != after["tokenizer"]
+    assert digests(folder, "--model")["tokenizer"] != after["tokenizer"]

@@ -89,6 +89,25 @@ def test_other_features_are_those_of_mauve_text_whatever_the_batch(kind, config,
     ids = [tokenizer.encode(text, return_tensors="pt", truncation=True, max_length=64) for text in TEXTS]
     theirs = featurize_tokens_from_model(get_model(folder, tokenizer, -1), ids, batch_size=1)
     np.testing.assert_allclose(featurizer(folder, None, None, "cpu")(TEXTS), theirs, rtol=1e-4, atol=1e-5)
+    (tmp_path / config.model_type / "1_Pooling").mkdir()  # as sentence-transformers saves it
+    for mode, pool in (("mean_tokens", lambda h: h.mean(0)), ("cls_token", lambda h: h[0])):
+        pooling = {"word_embedding_dimension": 32, f"pooling_mode_{mode}": True, "pooling_mode_max_tokens": False}
+        (tmp_path / config.model_type / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        states = [get_model(folder, tokenizer, -1)(x).last_hidden_state[0].detach() for x in ids]  # (T, H) each
+        np.testing.assert_allclose(featurizer(folder, None, None, "cpu")(TEXTS), [pool(h) for h in states], rtol=1e-4,
+                                   atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_features_that_say_nothing_are_refused(factor, demo, tmp_path):
+    model = BertModel(BertConfig(vocab_size=4100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    for p in model.parameters():
+        p.data *= factor
+    for part in (model, demo[1]):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        featurizer(str(tmp_path), None, None, "cpu")([*TEXTS, "more", "and more"])
+    assert "not finite, or the same for all texts" in error.value.message
 
 
 def test_a_featurizer_that_does_not_fit_is_one_line(tmp_path, capsys):

@@ -59,8 +59,8 @@ def check(args):
     args.sources = [read_source(word, args.model) for word in args.combine or [f"{args.path}:1"]]
     bases = [source.base for source in args.sources]
     if len({*bases}) > 1:
-        raise UserError(f"adapters can only be combined on one base model, and these belong to {' and '.join(bases)} "
-                        "(if they are the same, name it with --model)")
+        raise UserError(f"adapters can only be combined on one base model, not on {' and '.join(bases)}; if these are "
+                        "the same, name it with --model")
     return args
 
 
@@ -89,13 +89,13 @@ def public(value):
 def card(title, args):
     """The model card: what this is, and each run's scores, settings and prompt."""
     base, library = args.sources[0].base, "peft" if args.save_adapter else "transformers"
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\w+)?", base) and not os.path.isdir(EMBEDDED.get(base, base))
-    link = f"base_model: {located(base)[0]}\n" if is_id else ""
+    path, _ = located(base)
+    link = f"base_model: {path}\n" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not os.path.isdir(path) else ""
     parts = " ".join(f"{source.weight:+g} x {source.folder.name} of {source.run.name}" for source in args.sources)
     method = f"TIES, density {args.density:g}" if args.method == "ties" else "sum"
     text = (f"---\n{link}library_name: {library}\npipeline_tag: text-generation\ntags: [forger]\n---\n\n"
             f"# {public(title)}\n\n{public(base)} {public(parts)} ({method}), under the base's licence. forger trains "
-            "a generator against a discriminator that tells its texts from real ones; scores are the generator's.\n")
+            "a generator to fool a discriminator, which tells its texts from real ones; scores are the generator's.\n")
     for run in (source.run for source in args.sources):
         scores = ", ".join(f"{key} {x:.3f}" for key, x in run.result.items() if isinstance(x, float)) or "not measured"
         settings = " ".join(f"{key}={public(value)}" for key, value in vars(run.args).items() if key != "prompt")
@@ -115,7 +115,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from model import DAMAGE, EMBEDDED, load_adapter, load_model, located
+from model import DAMAGE, load_adapter, load_model, located
 from rollout import rules
 
 from peft import LoraConfig, get_peft_model  # after model, which silences bitsandbytes
@@ -124,16 +124,17 @@ from peft.utils.merge_utils import ties
 
 
 def read_adapter(source):
-    """Config and tensors of an adapter, whose ranks must agree."""
+    """Config and tensors of an adapter; A is (r, I) and B (O, r)."""
     config, tensors = LoraConfig.from_pretrained(source.folder), load_file(source.folder / "adapter_model.safetensors")
     for key, x in tensors.items():
-        if x.shape != (config.r, x.shape[1]) and x.shape != (x.shape[0], config.r) or not x.isfinite().all():
+        rank = x.shape[1] if "lora_B" in key else x.shape[0]
+        if rank != config.r or not x.isfinite().all():
             raise ValueError(f"{source.path}: {key} is not finite, or not of rank {config.r}")
     return config, tensors
 
 
 def load(sources, dtype):
-    """The base model with the adapters as source0, source1, ..., and its tokenizer."""
+    """The base model with the adapters source0, source1, ..., and its tokenizer."""
     base = sources[0].base
     try:
         model, tokenizer = load_model(base, "none", dtype, "cpu")
@@ -151,9 +152,9 @@ def load(sources, dtype):
 
 def save_merged(args, folder):
     """Write the base with the adapters merged into it. Returns a line on what rounding leaves of the change."""
-    sources, run, change2, written2, product = args.sources, args.sources[0].run, 0.0, 0.0, 0.0
-    name = args.dtype or run.args.dtype
-    model, tokenizer = load(sources, name)
+    sources, settings, change2, written2, product = args.sources, args.sources[0].run.args, 0.0, 0.0, 0.0
+    dtype = args.dtype or settings.dtype
+    model, tokenizer = load(sources, dtype)
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         weight = layer.get_base_layer().weight  # (O, I) outputs, inputs
         deltas = [source.weight * layer.get_delta_weight(f"source{i}") for i, source in enumerate(sources)]  # (O, I)
@@ -166,28 +167,28 @@ def save_merged(args, folder):
         product += (written * change).sum().item()
         weight.data = merged
     model = model.unload()
-    rule, t = rules(tokenizer, model), run.args.temperature
+    rule, t = rules(tokenizer, model), settings.temperature
     sampling = dict(do_sample=True, temperature=t, top_k=0, top_p=1.0) if t else {}
     model.generation_config = GenerationConfig(eos_token_id=rule.stop.tolist(), pad_token_id=rule.pad,
                                                bos_token_id=tokenizer.bos_token_id, **sampling)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     cosine = product / math.sqrt(change2 * written2) if written2 else 0.0
-    return f"rounded to {name}, the change has a cosine of {cosine:.3f} with the exact one (1: no loss)"
+    return f"rounded to {dtype}, the change has a cosine of {cosine:.3f} with the exact one (1: no loss)"
 
 
 def save_sum(args, folder):
     """Write the weighted sum of adapters as one adapter in peft's format, at scale 1: B holds weights and scales."""
     sources, tensors = args.sources, {}  # R is the sum of the adapters' ranks r
     configs, adapters = zip(*map(read_adapter, sources))
+    factors = [source.weight * config.lora_alpha / config.r ** 0.5 for source, config in zip(sources, configs)]
     for key in adapters[0]:
         if "lora_A" in key:
             tensors[key] = torch.cat([adapter[key] for adapter in adapters])  # (R, I)
         else:
-            factors = [source.weight * config.lora_alpha / config.r ** 0.5 for source, config in zip(sources, configs)]
             tensors[key] = torch.cat([x * adapter[key] for x, adapter in zip(factors, adapters)], 1)  # (O, R)
-    config, rank, base = configs[0], sum(config.r for config in configs), sources[0].base
-    config.base_model_name_or_path, config.revision = located(base)
+    config, rank = configs[0], sum(config.r for config in configs)
+    config.base_model_name_or_path, config.revision = located(sources[0].base)
     config.r, config.lora_alpha = rank, math.sqrt(rank)
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -56,6 +56,8 @@ def parse_flags():
     given = {flag.removeprefix("--").removeprefix("no-") for flag in parser.given()}
     if len(given & {"data", "truths"}) != 1:
         raise UserError("give either --data, a file of traces, or --truths, the folder of a run")
+    if args.truths and given & {"mix", "epochs", "held_out"}:
+        raise UserError("--mix, --epochs and --held_out are for the traces of --data; leave them out with --truths")
     run = Run(args.truths or read_traces(args.data)[0]["run"]).args
     defaults = {} if args.truths else dict(
         batch_size=32, g_lr=1e-3 if run.preset == "demo" else 1e-4, beta1=0.9, kl_coef=0.0, num_steps=None,
