@@ -6,6 +6,7 @@ It is written beside, then renamed; the previous one stays until the new one is 
 """
 import errno
 import fcntl
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flags import Run, UserError, first_line, read_json, resume_command, write_whole
+from flags import Run, UserError, digest, first_line, read_json, resume_command, write_whole
 from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, digests, load_adapter, load_players, located, pinned
 
 FORMAT = 3
@@ -53,6 +54,7 @@ def save(out_dir, step, players, judge, baseline, stream, files):
         torch.save({"format": FORMAT, "step": step, "lengths": lengths, "baseline": baseline.state_dict(),
                     "stream": stream.state_dict(), "players": [player.state_dict() for player in players]},
                    new / "state.pt")
+        write_whole(new / "digests.json", json.dumps(weight_files(new)))
         for path in [*new.rglob("*"), new]:
             fsync(path)
         if os.path.lexists(ckpt):
@@ -119,8 +121,16 @@ def fsync(path):
         os.close(number)
 
 
+def weight_files(folder):
+    """The files with weights below a checkpoint's folder, and their digests."""
+    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+            for path in sorted(folder.rglob("*.safetensors"))}
+
+
 def load_weights(folder, players, judge=None):
     """Read the adapters of players, and a judge's head, from a checkpoint's folder."""
+    if read_json(folder / "digests.json") != weight_files(folder):
+        raise ValueError("its files with weights are not those that were saved")
     for player in players:
         load_adapter(player.model, folder / player.adapter, player.adapter)
         if not all(p.isfinite().all() for p in adapter_parameters(player.model, player.adapter)):
@@ -241,7 +251,7 @@ def lock(out_dir):
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{out_dir} is in use by another process; wait for it, or choose another --out_dir") from None
+        raise UserError(f"{out_dir} is in use by another process; wait until that has ended") from None
     except OSError:
         pass  # a file system without locks
 
@@ -277,15 +287,15 @@ def pin(args):
         folder = located(name)[0]
         found = digests(folder, f"--{flag}") if os.path.isdir(folder) else {}
         if changed := [part for part, digest in found.items() if args.made_with.get(name, found).get(part) != digest]:
-            raise UserError(f"--{flag} {name}: its {' and '.join(changed)} are not those that this run was made with; "
-                            "restore them, or start another run")
+            raise UserError(f"--{flag} {name}: files of its {' and '.join(changed)} are not those that this run was made "
+                            "with; restore them, or start another run")
         args.made_with[name] = found
 
 
 def write_args(out_dir, args, device):
     """Write args.json: the flags, and what the run can be traced by; for a resumed run, add what it continues with."""
     path = pathlib.Path(out_dir) / "args.json"
-    info = read_json(path) or {"args": vars(args), **provenance(device)}
+    info = read_json(path) or {"args": vars(args), "digest": digest(vars(args)), **provenance(device)}
     if args.resume:
         info["resumed"] = info.get("resumed", []) + [provenance(device)]
     write_whole(path, json.dumps(info, indent=2) + "\n")

@@ -23,7 +23,7 @@ import sys
 import unicodedata
 from typing import NamedTuple
 
-from flags import UserError, escaped
+from flags import UserError, escaped, first_line
 
 PILE = "hub:monology/pile-uncopyrighted"
 HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")  # repository, config, split
@@ -140,16 +140,19 @@ def prompt_template(name, tokenizer=None):
 
 def chat(tokenizer):
     """The write-up's instruction in the tokenizer's own chat template; opens the thinking of a model with </think>."""
-    import jinja2
     if not tokenizer.chat_template:
         raise UserError("--prompt chat: this tokenizer has no chat template; use --prompt plain, or a file")
     system, user, _ = (turn.partition("\n")[2].strip() for turn in PROMPT.split("<|im_start|>")[1:])
     turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
     try:
-        text = tokenizer.apply_chat_template(turns, **options)
-    except jinja2.TemplateError:  # some templates refuse a system turn
-        text = tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{user}"}], **options)
+        try:
+            text = tokenizer.apply_chat_template(turns, **options)
+        except Exception:  # some templates refuse a system turn
+            text = tokenizer.apply_chat_template([{"role": "user", "content": f"{system}\n\n{user}"}], **options)
+    except Exception as error:
+        raise UserError("--prompt chat: this tokenizer's chat template cannot be used "
+                        f"({type(error).__name__}: {first_line(error)}); use --prompt plain, or a file") from None
     return text + "<think>\n" * ("</think>" in tokenizer.get_vocab() and not opens_thinking(text))
 
 
@@ -264,7 +267,9 @@ class Corpus(Windows):
             print(f"--data {args.data}: {count - len(self.texts)} of {count} held-out documents share {RUN} words in a "
                   f"row with another and are left out; {len(self.texts)} remain", file=sys.stderr)
         self.revision, self.num_documents = digest, len(self.texts)
-        self.facts = f"{len(texts):,} documents, {len(texts) - len(part):,} held out"
+        repeated = len(texts) - len({*texts})
+        self.facts = (f"{len(texts):,} documents" + f", {repeated:,} of them equal to another" * (repeated > 0)
+                      + f", {len(texts) - len(part):,} held out")
 
     def usable(self, texts):
         return [text for text in texts if self.window_of(text, random.Random(0))]
@@ -414,8 +419,10 @@ def data_files(source):
         found = sorted(tree(pathlib.Path(source), set()), key=str)
     except OSError as error:
         raise UserError(f"--data {source} cannot be read: {error}") from None
+    if splits := [file.parent for file in found if file.name == "dataset_dict.json"]:
+        raise UserError(f"--data {source}: {splits[0]} holds the splits of a dataset; name the folder of one")
     files = {os.path.realpath(file): file for file in found
-             if file.name.lower().endswith(SUFFIXES) and not NO_DATA.match(file.name)}
+             if file.is_file() and file.name.lower().endswith(SUFFIXES) and not NO_DATA.match(file.name)}
     if not files:
         raise UserError(f"--data {source} is not pile, demo, hub:user/name[/config][:split], nor a file or folder of "
                         f"{', '.join(SUFFIXES)}")
@@ -455,11 +462,13 @@ def records(file):
             import pyarrow  # it raises OSError where a compressed file is cut short
             compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
             with io.BufferedReader(pyarrow.input_stream(str(file), compression)) as lines:
+                good = False
                 for line in filter(bytes.strip, lines):
                     try:
                         yield json.loads(line.decode("utf-8-sig"))
+                        good = True
                     except (ValueError, RecursionError):
-                        if not line.endswith(b"\n"):
+                        if good and not line.endswith(b"\n"):
                             raise ValueError("its last line is cut off") from None
                         yield None
         elif kind in ("parquet", "arrow"):
@@ -469,7 +478,10 @@ def records(file):
         elif kind == "csv":
             csv.field_size_limit(2 ** 31 - 1)
             with open(file, newline="", encoding="utf-8-sig") as lines:
-                for row in csv.DictReader(lines, strict=True):  # None: too many fields, or too few
+                rows = csv.DictReader(lines, strict=True)
+                if len({*(rows.fieldnames or ())}) < len(rows.fieldnames or ()):
+                    raise ValueError("two of its columns have one name")
+                for row in rows:  # None: too many fields, or too few
                     yield None if None in row or None in row.values() else row
         else:
             text = file.read_text(encoding="utf-8-sig")

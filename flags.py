@@ -4,6 +4,7 @@ wrong flag or a wrong folder fails before torch has loaded.
 """
 import argparse
 import difflib
+import hashlib
 import importlib.util
 import json
 import math
@@ -40,8 +41,8 @@ def readable(text):
 
 
 def first_line(error):
-    """The first line of an exception's message, or its type where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """An exception's message in one line, or its type where there is none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def short(word):
@@ -188,6 +189,10 @@ def read_lines(file, known=None):
     return records
 
 
+def digest(flags):
+    return hashlib.blake2b(json.dumps(flags, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 class Run:
     """A run's folder: its flags at once, its other files when they are asked for.
 
@@ -208,6 +213,8 @@ class Run:
             if action.dest in found and not is_allowed(action, found[action.dest], every_choice=parser):
                 raise UserError(f"{folder}/args.json is damaged: {action.dest} is {found[action.dest]!r}; restore it")
         check_numbers(found, POSITIVE, f"{folder}/args.json: ")
+        if self.info.get("digest", digest(found)) != digest(found):
+            raise UserError(f"{folder}/args.json was edited; a run keeps the flags that it began with; restore it")
         self.args = argparse.Namespace(**vars(known.parse_known_args([])[0]) | found)
 
     def __getattr__(self, name):
@@ -283,6 +290,11 @@ def check_numbers(values, positive, where=""):
             raise UserError(f"{where}--{name} {value}: must be {least}, and below 2 to the 53")
 
 
+def check_temperature(value):
+    if value and not 0.01 <= value <= 100:
+        raise UserError(f"--temperature {value}: must be from 0.01 to 100, or 0, which is greedy")
+
+
 def check_values(args, positive):
     """Refuse values that no training script can use. positive: names of flags that must not be 0."""
     check_numbers(vars(args), positive)
@@ -295,6 +307,7 @@ def check_values(args, positive):
         if getattr(args, name, 0) >= (limit := 100 if name.endswith("lr") else 1):
             raise UserError(f"--{name} {getattr(args, name)}: must be below {limit}")
     check_device(args.device)
+    check_temperature(getattr(args, "temperature", 1.0))
     for flag in ("model", "d_model", "featurizer"):
         folder = pathlib.Path(name := getattr(args, flag, None) or "")
         if name.startswith((".", "/", "~")) and not folder.is_dir():
@@ -305,8 +318,8 @@ def check_values(args, positive):
                     raise UserError(f"--{flag} {name} is a run, or part of one; make a model of it with: "
                                     f"{export_command(run)}")
     out_dir = pathlib.Path(args.out_dir or "")
-    if out_dir.is_file():
-        raise UserError(f"--out_dir {out_dir} is a file; name a folder")
+    if out_dir.is_file() or out_dir.is_symlink() and not out_dir.exists():
+        raise UserError(f"--out_dir {out_dir} is a file, or a link to nothing; name a folder")
     if args.out_dir and not args.resume and (out_dir / "args.json").exists():
         raise UserError(f"--out_dir {out_dir} holds a run already; name another folder, or continue it with: "
                         f"{resume_command(out_dir)}")
@@ -320,7 +333,7 @@ def check(args, given=()):
     check_values(args, POSITIVE)
     reason, typed, data = args.disc == "reason", {flag.removeprefix("--") for flag in given}, args.data
     for wrong, message in (
-        (args.num_steps * args.batch_size < 4,
+        (args.num_steps * args.batch_size < 4 and args.seeds,
          f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences"),
         (args.g_reward == "azr" and not reason, "--g_reward azr needs --disc reason; or choose prob or neglog"),
         (args.g_reward == "neglog" and reason, "--g_reward neglog needs --disc head; with reason, choose azr or prob"),
@@ -333,6 +346,7 @@ def check(args, given=()):
          "--d_scale has no effect with --adv_norm, which divides it out; add --no-adv_norm"),
         ("d_warmup" in typed and args.d_warmup and not args.d_lr,
          f"--d_warmup {args.d_warmup} has no effect with --d_lr 0; give --d_lr, or leave it out"),
+        (args.d_shuffle and not args.d_lr, "--d_shuffle has no effect with --d_lr 0; give --d_lr, or leave it out"),
         ("text_field" in typed and (data == "demo" or data.endswith((".txt", ".md"))),
          f"--text_field has no effect on --data {data}, which has no fields; leave it out"),
         (args.d_model and args.adapters == "shared",

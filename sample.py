@@ -9,7 +9,7 @@ $ python sample.py Qwen/Qwen3-0.6B --prefix "Return" --device cpu # a model with
 """
 import pathlib
 
-from flags import Parser, Run, UserError, check_device, first_line, readable
+from flags import Parser, Run, UserError, check_device, check_temperature, first_line, readable
 from train import parse_flags
 
 
@@ -44,7 +44,6 @@ if __name__ == "__main__":
     is_run = (pathlib.Path(flags.source) / "args.json").exists()
     for wrong, message in (
         (flags.num < 1 or flags.best_of < 1, "--num and --best_of must be 1 or more"),
-        (not 0 <= (flags.temperature or 0) < 1e6, f"--temperature {flags.temperature}: must be a number from 0 up"),
         (flags.prefix is not None and not flags.prefix.strip(), "--prefix is empty; give some text"),
         (flags.prefix is not None and flags.file, "give --prefix or --file, not both"),
         (not is_run and (flags.both or flags.best_of > 1), f"--both and --best_of need a run; {flags.source} is none"),
@@ -66,6 +65,7 @@ if __name__ == "__main__":
         if getattr(flags, name) is not None:
             setattr(args, name, getattr(flags, name))
     check_device(args.device)
+    check_temperature(args.temperature)
     given = flags.prefix
     if flags.file:
         try:

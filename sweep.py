@@ -36,6 +36,7 @@ from flags import Parser, Run, UserError, check, escaped, write_whole
 from train import flags
 
 TRAIN = [sys.executable, "-u", str(pathlib.Path(__file__).with_name("train.py"))]
+NO_EFFECT = "seed seeds micro_batch save_every floor_sequences d_loss_scale".split()  # on what is learned
 MEASURED = "mauve", "mauve_sd", "floor"
 Effects = collections.namedtuple("Effects", "corners centre half se sd df curvature_se")
 
@@ -105,7 +106,9 @@ def read_factors(specs):
         log, text = not text.endswith(":lin"), text.removesuffix(":lin")
         levels = [getattr(flags([f"--{name}={level}"]).parse_args(), name) for level in text.split(":")]
         good = [x for x in levels if type(x) in (int, float) and math.isfinite(x) and (x > 0 or not log)]
-        if name in ("seed", "seeds") or len(levels) != 3 or good != sorted({*levels}):
+        if name in NO_EFFECT:
+            raise UserError(f"--factors {spec}: --{name} does not change what is learned; choose another flag")
+        if len(levels) != 3 or good != sorted({*levels}):
             raise UserError(f"--factors {spec}: must be name=low:centre:high, a numeric flag of train.py and three "
                             "finite levels that rise, above 0 unless :lin at the end makes the scale linear")
         factors.append(Factor(name, *levels, log))
@@ -129,6 +132,8 @@ def read_table(path, factors):
                 rows.append({name: float(line[name]) for name in names})
                 if not all(math.isfinite(f.coded(rows[-1][f.name]) + rows[-1]["mauve"]) for f in factors):
                     raise ValueError("a number is nan or infinite")
+                if not 0 <= rows[-1]["mauve"] <= 1:
+                    raise ValueError("its mauve is not from 0 to 1")
         if not rows:
             raise ValueError("no row has a mauve")
     except (OSError, ValueError, ArithmeticError, csv.Error) as error:
@@ -283,9 +288,10 @@ def main(argv):
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to {most}")
     given, factors = flags(words).parse_args(), read_factors(args.factors)
     fixed = {f"--{name}" for name in ("seed", "out_dir", "resume", *(f.name for f in factors))}
-    if fixed & {word.split("=")[0] for word in words} or args.results and words or not given.seeds:
-        raise UserError(f"{' '.join(words)}: a sweep sets --seed, --out_dir and its factors for each run, and needs "
-                        "--seeds above 0; --results runs nothing")
+    if clash := sorted(fixed & {word.split("=")[0] for word in words}):
+        raise UserError(f"{' '.join(clash)}: a sweep sets --seed, --out_dir and its factors itself, for each run")
+    if args.results and words or not given.seeds or not given.g_lr and "--g_lr" not in fixed:
+        raise UserError(f"{' '.join(words)}: --results runs nothing; runs of a sweep need --seeds and --g_lr above 0")
     rows = read_table(args.results, factors) if args.results else []
     sweep = Sweep(args.out_dir or (args.results.parent if args.results else "out/sweep"), factors, rows, args)
     full = ""

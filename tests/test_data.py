@@ -241,7 +241,7 @@ def test_a_few_records_without_a_text_are_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, wanted", [
-    ("a.bin", b"x", "hub:user/name"), ("missing.jsonl", None, "cannot be read"),
+    ("a.bin", b"x", "hub:user/name"), ("missing.jsonl", None, "hub:user/name"),
     ("a.jsonl", b'"x"\nhello\n', "record 2: damaged"), ("a.jsonl", b'"x"\n' * 200 + b'"y', "its last line is cut off"),
     ("a.jsonl.zst", zstandard.compress(b'"x"\n') + zstandard.compress(bytes(9999))[:9], "cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"x" * 99999)[:60], "cannot be read"),

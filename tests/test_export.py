@@ -26,7 +26,8 @@ def make_run(folder, model, rank, std=0.1, names=("generator", "discriminator"),
     for p in (p for name, p in adapted.named_parameters() if "lora_B" in name):
         torch.nn.init.normal_(p, std=std)
     adapted.save_pretrained(folder / "ckpt")
-    (folder / "args.json").write_text(json.dumps({"args": {"model": model, **FLAGS, **flags}, "commit": "abc"}))
+    (folder / "args.json").write_text(json.dumps({
+        "args": {"model": model, "rank": rank, "alpha": 2.0, **FLAGS, **flags}, "commit": "abc"}))
     (folder / "result.json").write_text(json.dumps({"mauve": 0.876, "fresh": None, "num_sequences": 500}))
 
 

@@ -130,6 +130,8 @@ def read_adapter(source):
         rank = x.shape[1] if "lora_B" in key else x.shape[0]
         if rank != config.r or not x.isfinite().all():
             raise ValueError(f"{source.path}: {key} is not finite, or not of rank {config.r}")
+    if (config.r, config.lora_alpha) != (source.run.args.rank, source.run.args.alpha):
+        raise ValueError(f"{source.path}: rank or alpha in adapter_config.json is not the run's")
     return config, tensors
 
 
