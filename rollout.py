@@ -362,6 +362,8 @@ def log_prob_gaps(sampler, player, rules, prompts, args):
     sampler.sync(player.adapter)
     keys = [("probe", i) for i in range(len(prompts))]
     roll = rollout(sampler, prompts, rules, min(args.reasoning_tokens, 2), 4, args.temperature, keys)
+    if roll.broken.any():
+        raise ValueError("its states are not finite")
     found, lm, with_kl = {"sampler": roll.logps, "learner": 0 * roll.logps}, causal_lm(player.model), args.kl_coef > 0
     if with_kl:
         found["reference"] = 0 * roll.logps  # (B, T)

@@ -61,13 +61,14 @@ Which causal language models of transformers {version} can be trained, by trying
 python tests/slow/models.py  # {minutes:.0f} min on one core of a busy machine
 ```
 
-Each model is made from its config with {layers} layers, windows of {window} tokens where it has any, random weights times three, and
-the demo's tokenizer; it is saved, loaded as `--model`, and given adapters with visible weights.
+Each model is made from its config: {layers} layers, windows of {window} tokens if it has any, random weights times three.
+It gets the demo's tokenizer, is saved, loaded as `--model`, and given adapters with visible weights.
 Three sequences of unequal length, the longest beyond any window, are then sampled and scored in fp32.
-The gap is the distance of the sampler's, the learner's and the reference's log-probs from the model's own, in nats a token.
+The gap is the distance of the sampler's, the learner's and the reference's log-probs from the model's own.
 The same check runs at the start of every run, on the real model.
 
-Of {tried} architectures {works} can be trained, {static} of them with a static cache, which a CUDA graph needs, the others with one that grows.
+Of {tried} architectures {works} can be trained, {static} of them with a static cache, which a CUDA graph needs.
+The others sample with a cache that grows.
 {refused} are refused before the run, with the reason.
 {failed} could not be made so small, and were not tried.
 
