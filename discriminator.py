@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import bos_ids, clip, plain_encoder
-from model import DTYPES, divisor, head_logits, head_weights, hidden_states, micro_batches, pad, positions
+from model import divisor, head_logits, head_weights, hidden_states, micro_batches, pad, positions
 from reward import REAL, policy_loss
 from rollout import Rollout, rng_for, rollout, rules, sampled_stats
 from sampler import Sampler
@@ -64,7 +64,7 @@ def make_judge(args, player, sampler):
     if args.disc == "head":
         return Head(args, player)
     if sampler.source is not player.model:
-        sampler = Sampler(player.model, DTYPES[args.dtype], args.merge)
+        sampler = Sampler(player.model, args.merge)
     return Reason(args, player, sampler)
 
 

@@ -195,7 +195,6 @@ def sample_fresh(run, num_sequences, generator):
     """Write fresh.jsonl: samples on held-out prefixes, each with the truth of another held-out document as well."""
     from tqdm import tqdm
     from data import plain_encoder, windows
-    from model import DTYPES
     from rollout import Writer
     from sampler import Sampler
     stream = windows(run.args, plain_encoder(generator.tokenizer), split="held_out")
@@ -205,7 +204,7 @@ def sample_fresh(run, num_sequences, generator):
         raise UserError(f"--fresh: --data has {documents} held-out documents that are long enough, and 8 are needed")
     if num < num_sequences:
         print(f"--fresh {num_sequences}: {num} of {documents} held-out documents; the ceiling takes as many others")
-    writer = Writer(Sampler(generator.model, DTYPES[run.args.dtype], run.args.merge), generator.tokenizer, run.args)
+    writer = Writer(Sampler(generator.model, run.args.merge), generator.tokenizer, run.args)
     records = []
     for first in tqdm(range(0, num, 32), desc="fresh samples"):
         batch = [stream[place] for place in range(first, min(first + 32, num))]

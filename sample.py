@@ -78,7 +78,7 @@ if __name__ == "__main__":
     from checkpoint import explain_failures, latest, load_run, load_weights
     from data import Window, clean, prompt_template
     from discriminator import make_judge
-    from model import DAMAGE, DTYPES, checked_device, load_players
+    from model import DAMAGE, checked_device, load_players
     from rollout import Writer, probe
     from sampler import Sampler
 
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     device = checked_device(args.device)
     generator, discriminator = load_run(run, device) if is_run else load_players(args, device)
     args.prompt = prompt_template(flags.prompt or args.prompt, generator.tokenizer)
-    sampler = Sampler(generator.model, DTYPES[args.dtype], args.merge)
+    sampler = Sampler(generator.model, args.merge)
     writer = Writer(sampler, generator.tokenizer, args)
     judge = make_judge(args, discriminator, sampler) if flags.best_of > 1 else None
     if judge:

@@ -29,18 +29,18 @@ MAX_CACHES = 6     # number of shapes whose static caches are kept
 # the copy
 
 class AdapterBeside(torch.nn.Module):
-    """A layer plus the product of one adapter, both in the compute dtype; the scale is folded into `up`."""
+    """A layer plus the product of one adapter in fp32, rounded as the learner rounds; the scale is folded into `up`."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer):
         super().__init__()
         (down, *_), (up, *_) = layer.lora_A.values(), layer.lora_B.values()
         self.base = layer.get_base_layer()
-        self.register_buffer("down", torch.zeros_like(down.weight, dtype=dtype, requires_grad=False))  # (r, in)
-        self.register_buffer("up", torch.zeros_like(up.weight, dtype=dtype, requires_grad=False))  # (out, r)
+        self.register_buffer("down", torch.zeros_like(down.weight, requires_grad=False))  # (r, in)
+        self.register_buffer("up", torch.zeros_like(up.weight, requires_grad=False))  # (out, r)
 
     def forward(self, x):
-        low = torch.nn.functional.linear(x.to(self.down.dtype), self.down)  # (..., r)
-        return self.base(x) + torch.nn.functional.linear(low, self.up).to(x.dtype)  # (..., out)
+        low = torch.nn.functional.linear(x.float(), self.down)  # (..., r)
+        return (self.base(x) + torch.nn.functional.linear(low, self.up)).to(x.dtype)  # (..., out)
 
     def sync(self, layer, name):
         self.up.zero_()
@@ -61,7 +61,7 @@ def merge_into(merged, layer, name):
         merged.weight.copy_(weight.float() + layer.get_delta_weight(name))
 
 
-def sampling_copy(model, dtype, merge):
+def sampling_copy(model, merge):
     """A causal LM like the one inside `model`, and the pairs (its layer, layer with adapters) where the two differ."""
     base, pairs, memo = causal_lm(model), [], {}
     for module in base.modules():
@@ -71,7 +71,7 @@ def sampling_copy(model, dtype, merge):
                 raise UserError(f"--model {base.config.name_or_path}: sampling does not support the adapters that peft "
                                 f"puts on {type(layer).__name__}; choose a model without a mixture of experts")
             mergeable = merge and layer.weight.is_floating_point()
-            pairs.append((copy.deepcopy(layer) if mergeable else AdapterBeside(module, dtype), module))
+            pairs.append((copy.deepcopy(layer) if mergeable else AdapterBeside(module), module))
             memo[id(module)] = pairs[-1][0]  # deepcopy then uses this layer instead of copying the module
     memo |= {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     sampled = copy.deepcopy(base, memo)
@@ -193,12 +193,12 @@ class Step:
 class Sampler:
     """A model to sample from, in place of the one that learns: faster, and with the same distribution.
 
-    `sync(adapter)` makes it the model with that adapter, or with none. dtype: of an adapter beside its layer. merge:
-    merged layers where the base is not quantised, else adapters beside them. static: use a StaticCache (None: on CUDA).
+    `sync(adapter)` makes it the model with that adapter, or with none. merge: merged layers where the base is not
+    quantised, else adapters beside them. static: use a StaticCache (None: on CUDA).
     """
 
-    def __init__(self, model, dtype, merge=True, static=None):
-        self.source, (self.model, self.pairs) = model, sampling_copy(model, dtype, merge)
+    def __init__(self, model, merge=True, static=None):
+        self.source, (self.model, self.pairs) = model, sampling_copy(model, merge)
         wanted = self.model.device.type == "cuda" if static is None else static
         self.static = wanted and has_full_attention(self.model) and self.model._can_compile_fullgraph
         if wanted and not self.static:

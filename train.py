@@ -132,7 +132,7 @@ if __name__ == "__main__":
     from discriminator import make_judge
     from evaluate import evaluate
     from measures import batch_metrics, check_featurizer, policy_metrics
-    from model import DTYPES, TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
+    from model import TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
     from plot import plot_runs
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, probe, sampled_stats
@@ -154,7 +154,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
-    sampler = Sampler(generator.model, DTYPES[args.dtype], args.merge)
+    sampler = Sampler(generator.model, args.merge)
     writer = Writer(sampler, tokenizer, args)
     judge = make_judge(args, discriminator, sampler)
     generator.check_length(writer.max_tokens)

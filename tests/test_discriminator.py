@@ -26,7 +26,7 @@ def judge_of(tiny, kind=Head, start=False, **flags):
     """A Head or a Reason on the tiny model; start: as it starts, else with a last layer that is not zero."""
     player, args = Player(*tiny, "discriminator"), argparse.Namespace(**FLAGS | flags)
     player.activate()
-    judge = kind(args, player, *[Sampler(player.model, torch.float32, static=False)] * (kind is Reason))
+    judge = kind(args, player, *[Sampler(player.model, static=False)] * (kind is Reason))
     if not start:
         torch.nn.init.normal_([*judge.parameters()][-2], generator=torch.Generator().manual_seed(2))
     return judge

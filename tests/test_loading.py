@@ -156,7 +156,7 @@ def players(folder, **more):
     model, tokenizer = load_model(args.model, args.quant, args.dtype, "cpu")
     model = add_adapters(model, ["generator", "discriminator"], 4, 2.0)
     pair = [Player(model, tokenizer, name) for name in ("generator", "discriminator")]
-    writer = Writer(Sampler(model, torch.float32), tokenizer, args)
+    writer = Writer(Sampler(model), tokenizer, args)
     windows = [Window(TEXT[i:i + 60], " ", TEXT[i + 60:i + 120]) for i in (0, 30, 90)]
     return writer, pair[0], windows, make_judge(args, pair[1], writer.sampler)
 

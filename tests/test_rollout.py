@@ -113,7 +113,7 @@ def writer_of(sampler, tokenizer, prompt="writeup", **flags):
 
 
 def test_a_reply_depends_on_seed_purpose_and_position_and_on_no_other_row(tiny):
-    writer = writer_of(Sampler(tiny[0], torch.float32, static=False), tiny[1], reasoning_tokens=6)
+    writer = writer_of(Sampler(tiny[0], static=False), tiny[1], reasoning_tokens=6)
     windows = [Window(prefix, " ", "truth") for prefix in PREFIXES]
     whole, part, floor = (writer.write(windows[first:], "generator", purpose, 5 + first).roll
                           for first, purpose in ((0, "rollout"), (1, "rollout"), (0, "floor")))

@@ -13,8 +13,8 @@ RULE = Rules(torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5]), 4, torch.zeros(2,
 BOTH = pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 
 
-def sampler_of(model, static, name="generator", dtype=torch.float32, merge=True):
-    sampler = Sampler(model, dtype, merge, static)
+def sampler_of(model, static, name="generator", merge=True):
+    sampler = Sampler(model, merge, static)
     sampler.sync(name)
     return sampler
 
@@ -96,7 +96,7 @@ def test_a_cache_reads_prompts_of_any_shape_and_sees_nothing_of_the_last_ones(st
 
 
 def test_caches_are_kept_by_shape_the_latest_ones():
-    sampler = Sampler(random_model("Llama"), torch.float32, static=True)
+    sampler = Sampler(random_model("Llama"), static=True)
     first, wider, taller = (sampler.decoder("key", *shape, object) for shape in ((2, 3), (2, BUCKET), (3, 3)))
     assert first is wider and first is not taller and first[0].mask.shape == (2, 1, 1, BUCKET)
     for rows in range(4, 3 + MAX_CACHES):
@@ -124,7 +124,7 @@ def test_sync_takes_over_an_adapter_from_pristine_weights(merge, tiny):
 
 
 def test_the_copy_shares_what_no_adapter_changes(tiny):
-    sampler = Sampler(tiny[0], torch.float32)
+    sampler = Sampler(tiny[0])
     changed, shared = {id(part.weight) for part, _ in sampler.pairs}, {p.data_ptr() for p in tiny[0].parameters()}
     assert all((p.data_ptr() in shared) != (id(p) in changed) for p in sampler.model.parameters())
     assert len(changed) == 14 and not any(p.requires_grad for p in sampler.model.parameters())

@@ -30,7 +30,7 @@ def test_a_lesson_is_what_the_sampler_leaves_and_trains_what_it_drew(tiny):
     (model, tokenizer), writer, found = tiny, a_writer(tiny, 6, 20), set()
     with torch.no_grad():  # some rows close their thinking, some end by themselves
         model.get_base_model().lm_head.weight[[writer.rules.think_end, tokenizer.eos_token_id]] *= 4
-    prompts, sampler = [[5 + i, 6, 7][:1 + i % 3] for i in range(64)], Sampler(model, torch.float32)
+    prompts, sampler = [[5 + i, 6, 7][:1 + i % 3] for i in range(64)], Sampler(model)
     sampler.sync("generator")
     roll = rollout(sampler, prompts, writer.rules, 6, 20, 1.0, [("lesson", i) for i in range(64)])
     for i in range(64):

@@ -179,7 +179,7 @@ class Game:
         if needed > room:
             raise UserError(f"--model {args.model} has {room} positions, and a sequence takes {needed}; lower "
                             "--prompt_tokens, --reasoning_tokens or --completion_tokens")
-        self.sampler, self.judge = Sampler(self.model, DTYPES[args.dtype], args.merge), Head(args, self.discriminator)
+        self.sampler, self.judge = Sampler(self.model, args.merge), Head(args, self.discriminator)
         self.generator.optimize(args.g_lr, args)
         self.discriminator.optimize(args.d_lr, args, self.judge.parameters())
         self.baseline = Baseline(args.ema_decay, args.adv_norm)
@@ -249,7 +249,7 @@ def decode(args, device):
     calls = {"rollout": lambda: game.sample(game.sampler), "generate()": generate,
              "floor": lambda: [target.copy_(source) for _ in range(tokens)]}
     if args.merge and args.quant == "none":
-        beside = Sampler(game.model, DTYPES[args.dtype], merge=False)
+        beside = Sampler(game.model, merge=False)
         calls["rollout, not merged"] = lambda: game.sample(beside)
     return compare(calls, args.repeats, device, 1e3 / tokens, "ms a token")
 

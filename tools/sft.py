@@ -82,7 +82,7 @@ import torch
 
 from checkpoint import explain_failures, lock, make_out_dir, pin, restore, save, write_args
 from data import Window, bos_ids, prompt_template
-from model import DTYPES, checked_device, load_players, memory_gb, pad, token_stats
+from model import checked_device, load_players, memory_gb, pad, token_stats
 from reward import policy_loss
 from rollout import COMPLETION, THINKING, Writer, probe
 from sampler import Sampler
@@ -146,7 +146,7 @@ if __name__ == "__main__":
     pin(args)
     player, _ = load_players(args, device)
     args.prompt = prompt_template(args.prompt, player.tokenizer)
-    sampler = Sampler(player.model, DTYPES[args.dtype], args.merge) if args.truths else player  # traces need no sampler
+    sampler = Sampler(player.model, args.merge) if args.truths else player  # traces need no sampler
     writer = Writer(sampler, player.tokenizer, args)
     player.check_length(writer.max_tokens)
     player.optimize(args.g_lr, args)

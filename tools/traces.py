@@ -99,7 +99,7 @@ from tqdm import tqdm
 
 from checkpoint import explain_failures, load_run
 from data import bos_ids
-from model import DTYPES, checked_device, pad, token_stats
+from model import checked_device, pad, token_stats
 from rollout import COMPLETION, Writer, rollout
 from sampler import Sampler
 
@@ -189,7 +189,7 @@ if __name__ == "__main__":
     windows = read_windows(run, args.max_windows, args.seed)
     player, _ = load_run(run, device)
     player.activate()
-    writer = Writer(Sampler(player.model, DTYPES[run.args.dtype], run.args.merge), player.tokenizer, run.args)
+    writer = Writer(Sampler(player.model, run.args.merge), player.tokenizer, run.args)
     writer.sampler.sync(player.adapter)
     player.check_length(len(rationale_ids(player.tokenizer, writer.encode, "", "")) + run.args.prefix_tokens
                         + 2 * run.args.completion_tokens + run.args.reasoning_tokens)

@@ -47,7 +47,7 @@ def make_pool():
     args = train.parse_flags(["--preset", "demo"])
     model, tokenizer = load_model(args.model, args.quant, args.dtype, args.device)
     args.prompt = prompt_template(args.prompt, tokenizer)
-    writer = Writer(Sampler(model, torch.float32, args.merge), tokenizer, args)
+    writer = Writer(Sampler(model, args.merge), tokenizer, args)
     stream = windows(args, plain_encoder(tokenizer))
     real = [stream[i] for i in range(3 * P)]
     texts = {"truth": real[:P], "real 1": real[P:2 * P], "real 2": real[2 * P:]}

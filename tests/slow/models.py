@@ -144,7 +144,7 @@ def tried(kind, folder):
             p.data += 0.05 * torch.randn(p.shape, generator=g)
         words = torch.randint(10, 4000, (100,), generator=g).tolist()
         for static in (True, False):
-            sampler = Sampler(model, torch.float32, True, static)
+            sampler = Sampler(model, True, static)
             way = way or ("static" if sampler.static else "growing")
             for prompts in ([words, words[:9] + words[30:60], words[:12]], [words[::-1], words[:40], words[50:57]]):
                 worst = max(worst, *log_prob_gaps(sampler, player, rules(tokenizer, model), prompts, ARGS).values())

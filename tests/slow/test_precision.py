@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import lines, run_script, same_run
-from model import DTYPES, adapter_parameters, add_adapters, head_logits, hidden_states, load_model, without_adapters
+from model import adapter_parameters, add_adapters, head_logits, hidden_states, load_model, without_adapters
 from sampler import Sampler
 from test_train import stopped_at, vanish
 
@@ -27,8 +27,9 @@ def test_an_int8_run_trains(train, tmp_path):
     assert all(row["g_grad_norm"] > 0 and row["logp_gap"] < 0.1 for row in lines(tmp_path / "run" / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize("dtype, kept", [("bf16", 0.95), ("fp16", 0.999)])
-def test_a_young_adapter_beside_its_layer_samples_in_16_bits_as_it_learns(dtype, kept):
+@pytest.mark.parametrize("dtype, merged", [("bf16", 0.95), ("fp16", 0.9995)])
+def test_a_young_adapter_beside_its_layer_samples_in_16_bits_as_it_learns(dtype, merged):
+    torch.manual_seed(0)
     model = add_adapters(load_model("demo", "none", dtype, "cpu")[0], ["generator"], 64, 8.0)
     ids = torch.randint(10, 4000, (8, 40), generator=torch.Generator().manual_seed(0))  # (B, T)
 
@@ -45,8 +46,8 @@ def test_a_young_adapter_beside_its_layer_samples_in_16_bits_as_it_learns(dtype,
         with without_adapters(model):
             base = logps(model)
         for merge in (False, True):
-            sampler = Sampler(model, DTYPES[dtype], merge)
+            sampler = Sampler(model, merge)
             sampler.sync("generator")
             change = torch.stack([logps(x) - base for x in (model, sampler.model)]).flatten(1)  # (2, N)
             found.append(torch.corrcoef(change)[0, 1].item())
-    assert found[0] >= kept and found[0] > found[1]  # merged, the rounding of the weights loses part of it
+    assert found[0] > 0.9999 and found[1] < merged  # merged, the rounding of the weights loses part of it
