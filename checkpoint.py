@@ -287,8 +287,8 @@ def pin(args):
         folder = located(name)[0]
         found = digests(folder, f"--{flag}") if os.path.isdir(folder) else {}
         if changed := [part for part, digest in found.items() if args.made_with.get(name, found).get(part) != digest]:
-            raise UserError(f"--{flag} {name}: files of its {' and '.join(changed)} are not those that this run was made "
-                            "with; restore them, or start another run")
+            raise UserError(f"--{flag} {name}: files of its {' and '.join(changed)} have changed since this run began; "
+                            "restore them, or start another run")
         args.made_with[name] = found
 
 

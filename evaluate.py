@@ -21,7 +21,7 @@ import statistics
 
 from flags import (Parser, Run, UserError, check_device, export_command, json_lines, read_lines, resume_command,
                    write_whole)
-from measures import (ENOUGH, audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired,
+from measures import (MIN_TEXTS, audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired,
                       reliability, repetition, self_bleu)
 
 WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, with mauve-text's default seed
@@ -29,7 +29,7 @@ LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last {num_last2000} (the write-up)",
           "fresh": "fresh: held-out prefixes", "fresh_ceiling": "ceiling of fresh"}
 PAIRED = "{verdict}, {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
-FEW_PAIRS = f"{{difference:+.3f}}, no verdict: {{num_sequences}} pairs, and {ENOUGH} are needed"
+FEW_PAIRS = f"{{difference:+.3f}}, no verdict: {{num_sequences}} pairs, and {MIN_TEXTS} are needed"
 
 
 def read_run(folder):

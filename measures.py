@@ -19,7 +19,7 @@ import numpy as np
 
 from flags import UserError, first_line, read_json
 
-ENOUGH = 50  # texts that an interval needs
+MIN_TEXTS = 50  # texts that an interval needs
 
 
 def mauve_of(truth, generated, seeds):
@@ -38,13 +38,17 @@ def paired(truth, one, other, seeds):
 
 
 def jackknife(labels):
-    """MAUVE for each seed (S,), and its mean over the seeds without the i-th texts, clusters kept (N,)."""
+    """MAUVE for each seed (S,); and, for each i, its mean over the seeds with both i-th texts left out and the clusters
+    kept (N,).
+    """
     S, _, N = labels.shape
     one_hot, scores, without = np.eye(labels.max() + 1), np.zeros(S), np.zeros(N)  # (K, K), (S,), (N,)
     for s, pair in enumerate(labels):
         sides = [one_hot[part] for part in pair]  # (N, K) each
         scores[s] = histogram_mauve(*(side.mean(0) for side in sides))
-        without += histogram_mauve(*((side.sum(0) - side) / max(N - 1, 1) for side in sides)) / S
+        for i in range(0, N, 500):  # all at once would take memory by the square of N
+            rest = ((side.sum(0) - side[i:i + 500]) / max(N - 1, 1) for side in sides)  # (n, K) each
+            without[i:i + 500] += histogram_mauve(*rest) / S
     return scores, without
 
 
@@ -55,24 +59,24 @@ def standard_error(scores, without):
 
 
 def interval_of(scores, without):
-    """95 % interval of the mean MAUVE over new samples of N texts; None below `ENOUGH` texts. It is symmetric on the
+    """95 % interval of the mean MAUVE over new samples of N texts; None below `MIN_TEXTS` texts. It is symmetric on the
     logit scale; docs/intervals.md has its coverage.
     """
     from scipy.special import expit, logit
     score = scores.mean().clip(1e-9, 1 - 1e-9)
     half = 1.96 * standard_error(scores, without) / (score * (1 - score))
-    return expit(logit(score) + [-half, half]).tolist() if len(without) >= ENOUGH else None
+    return expit(logit(score) + [-half, half]).tolist() if len(without) >= MIN_TEXTS else None
 
 
 def difference(one, other):
     """Difference of two MAUVE, each as from `jackknife`: a dict of scores, of the two; difference; interval, 95 %;
     verdict, "higher", "lower", or "no clear difference" where the interval contains 0; num_sequences. Interval and
-    verdict are None below `ENOUGH` prefixes.
+    verdict are None below `MIN_TEXTS` prefixes.
     """
     scores, without = (a - b for a, b in zip(one, other))  # (S,), (N,)
     found = {"scores": [float(one[0].mean()), float(other[0].mean())], "difference": float(scores.mean()),
              "interval": None, "verdict": None, "num_sequences": len(without)}
-    if len(without) >= ENOUGH:
+    if len(without) >= MIN_TEXTS:
         half = float(1.96 * standard_error(scores, without))
         low, high = found["interval"] = [found["difference"] - half, found["difference"] + half]
         found["verdict"] = "higher" if low > 0 else "lower" if high < 0 else "no clear difference"
@@ -130,7 +134,7 @@ def check_featurizer(name):
 def load_featurizer(name):
     """The model of a --featurizer, its tokenizer, and how it pools its states: mean, cls or last.
 
-    A sentence-transformers model says that itself; of any other the last state is taken, as mauve-text does.
+    A sentence-transformers model states its pooling; any other uses the last token's state, as mauve-text does.
     """
     from transformers import AutoModel
     from transformers.utils import cached_file
@@ -142,7 +146,8 @@ def load_featurizer(name):
                                                 output_loading_info=True)
         if missing := sorted(key for key in info["missing_keys"] if "pooler" not in key):
             raise ValueError(f"{len(missing)} missing weights, {missing[0]} for one")
-        file = cached_file(path, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(path, "1_Pooling/config.json", revision=revision,
+                           _raise_exceptions_for_missing_entries=False)
         modes = [key for key, on in (read_json(file) if file else {"last": True}).items() if on is True]
         pool = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "last": "last",
                 "pooling_mode_lasttoken": "last"}[" ".join(key for key in modes if key != "include_prompt")]

@@ -53,6 +53,8 @@ DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, Attr
           pickle.UnpicklingError)  # what reading damaged weights can raise
 CHUNK_BYTES = 1 << 26  # size of one (n, V) fp32 buffer of token_stats, which holds up to five
 CHUNK_ROWS = 512       # maximum rows per chunk; more are slower on a CPU with a small vocabulary
+SPARE = re.compile(r"(masked_bias|attn\.bias|attention\.bias|causal_mask|inv_freq|\.version|position_ids)$|^v_head\.|"
+                   r"(^|\.)mtp\.")  # weights in a file that a model can do without: old buffers, other heads
 PROBE = "The first of three bridges was built in 1861, of stone; the others are younger, and made of iron and steel."
 
 
@@ -88,24 +90,26 @@ def located(name):
 def pinned(name, flag):
     """A hub id with the commit that it stands for now; any other name as it is."""
     path, revision = located(name)
-    load_config(name, flag)  # says what is wrong with the name
+    load_config(name, flag)  # raises where the name is wrong
     if os.path.isdir(path):
         return name
-    return f"{path}@{extract_commit_hash(cached_file(path, 'config.json', revision=revision), None)}"
+    commit = extract_commit_hash(cached_file(path, "config.json", revision=revision), None)
+    return f"{path}@{commit}" if commit else name
 
 
 def digests(folder, flag):
-    """What tells the files of a model (weights and configs) and of its tokenizer from others."""
+    """Digests of the files in a model's folder: "model" (weights and configs) and "tokenizer"."""
     found = {"model": hashlib.blake2b(digest_size=8), "tokenizer": hashlib.blake2b(digest_size=8)}
     try:
         for file in sorted(pathlib.Path(folder).iterdir()):
-            of_tokenizer = re.match("tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece", file.name)
-            if of_tokenizer or re.search(r"\.safetensors|config\.json", file.name):
+            of_tokenizer = re.match("tokenizer|special_|added_tokens|vocab|merges|chat_template|spiece", file.name)
+            if of_tokenizer or re.search(r"\.safetensors|^(generation_)?config\.json", file.name):
                 with open(file, "rb") as content:
                     part = hashlib.file_digest(content, "blake2b").digest()
                 found["tokenizer" if of_tokenizer else "model"].update(file.name.encode() + part)
-                index = json.loads(file.read_bytes()) if file.suffix == ".json" else {}  # a damaged one ends here
-                if any("/" in str(shard) for shard in index.get("weight_map", {}).values()):
+                index = json.loads(file.read_bytes()) if file.suffix == ".json" else {}  # damaged JSON raises here
+                shards = index.get("weight_map", {}) if isinstance(index, dict) else {}
+                if any("/" in str(shard) for shard in shards.values()):
                     raise ValueError(f"{file.name} names weights in other folders")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{flag} {folder} cannot be used: {first_line(error)}") from None
@@ -121,7 +125,7 @@ def load_tokenizer(name, flag="--model"):
             raise ValueError("there are no tokenizer files beside the weights")
         if tokenizer.is_fast and json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("dropout"):
             raise ValueError("it splits words at random; remove dropout from tokenizer.json")
-        tokenizer.split_special_tokens = False  # those of a prompt are special; corpus text goes through plain_encoder
+        tokenizer.split_special_tokens = False  # a prompt's are special; corpus text goes through plain_encoder
     except Exception as error:  # damaged files raise whatever the readers come across
         raise UserError(f"{flag} {name}: its tokenizer could not be loaded: {first_line(error)}") from None
     return tokenizer
@@ -170,7 +174,7 @@ def load_model(name, quant, dtype, device, flag="--model"):
             path, revision=revision, config=config, dtype=DTYPES[dtype], quantization_config=quantisation,
             device_map={"": device}, use_safetensors=True, output_loading_info=True)
         for word in ("missing", "unexpected"):
-            if keys := sorted(info[f"{word}_keys"]):
+            if keys := sorted(key for key in info[f"{word}_keys"] if word == "missing" or not SPARE.search(key)):
                 raise ValueError(f"{len(keys)} {word} weights, {keys[0]} for one; config.json does not fit the weights")
         model.requires_grad_(False)
         model.eval()
@@ -187,10 +191,16 @@ def load_model(name, quant, dtype, device, flag="--model"):
 
 @torch.no_grad()
 def check_model(model, tokenizer, quant, dtype):
-    """Raise a ValueError for a model whose log-probs token_stats cannot compute. A factor on all logits is kept."""
+    """Raise a ValueError for a model whose log-probs token_stats cannot compute.
+
+    A constant factor on all logits is stored as `logit_factor`.
+    """
     rows, ids = len(model.get_input_embeddings().weight), torch.tensor([tokenizer(PROBE).input_ids])  # (1, T)
-    if (largest := max(tokenizer.get_vocab().values())) >= min(rows, len(head_weights(model)[0])):
-        raise ValueError(f"the tokenizer has ids up to {largest}, and the model {rows} rows of embeddings; add rows with "
+    spare = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}  # an image token has no row
+    used = {*tokenizer.get_vocab().values()} - spare | {tokenizer.bos_token_id, tokenizer.eos_token_id,
+                                                        tokenizer.pad_token_id} - {None}
+    if (largest := max(used)) >= min(rows, len(head_weights(model)[0])):
+        raise ValueError(f"the tokenizer has ids up to {largest}, and the model {rows} rows of embeddings; add rows by "
                          "resize_token_embeddings, or remove the tokens that were added")
     if not isinstance(ends := model.generation_config.eos_token_id, (int, list, type(None))):
         raise ValueError(f"eos_token_id in its generation_config.json is {ends!r}, not a number or a list of numbers")
@@ -210,8 +220,8 @@ def check_model(model, tokenizer, quant, dtype):
               if value and "logit" in key and "cap" in key and "att" not in key]
     if capped or not torch.allclose(theirs, model.logit_factor * ours, rtol=tolerance, atol=tolerance):
         cause = ", ".join({*capped}) or "a cap, say, or one more layer"
-        raise ValueError(f"its logits are not those of its last states and output layer alone ({cause}), which "
-                         "token_stats does not support; choose another model")
+        raise ValueError(f"its logits are more than its output layer on its last states ({cause}), which token_stats "
+                         "does not support; choose another model")
 
 
 def load_players(args, device):
@@ -320,7 +330,7 @@ def add_adapters(model, names, rank, alpha, flag="--model"):
     linear -= {id(model.get_output_embeddings())}
     targets = LoraConfig(target_modules=[key for key, x in model.named_modules() if id(x) in linear])
     try:
-        convert_peft_config_for_transformers(targets, model, None)  # leaves out what peft would take for experts
+        convert_peft_config_for_transformers(targets, model, None)  # drops names that peft would map to experts
         config = LoraConfig(r=rank, lora_alpha=alpha, use_rslora=True, target_modules=targets.target_modules,
                             task_type="CAUSAL_LM")
         model = get_peft_model(model, config, adapter_name=names[0])
@@ -336,7 +346,7 @@ def add_adapters(model, names, rank, alpha, flag="--model"):
 
 
 def untrained(model):
-    """Share of the weights that no gradient changes, embeddings and output layer aside, and the names of such weights.
+    """Share of the weights that no adapter trains, without embeddings and output layer, and the largest by name.
 
     Call it after a backward pass of an adapter whose weights are not zero.
     """
@@ -439,7 +449,7 @@ def head_weights(model, vocab=None):
 
 
 def divisor(model, temperature):
-    """The number that logits are divided by: the temperature (0: one) over the factor that the model itself puts on."""
+    """The temperature (1 where it is greedy) over the model's own factor on its logits."""
     return (temperature or 1.0) / getattr(causal_lm(model), "logit_factor", 1.0)
 
 

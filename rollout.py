@@ -48,7 +48,7 @@ def rules(tokenizer, model):
     V = min(-(-(max(ids.values()) + 1) // 64) * 64, rows)  # Qwen3's 151,669 would be slow on a GPU; the rest is blocked
     blocked = torch.ones(2, V, dtype=torch.bool)  # (2, V)
     blocked[:, [i for i in ids.values() if i < V]] = False
-    unknown = {tokenizer.unk_token_id} - {None} - stop  # a text with it could not be read again
+    unknown = {tokenizer.unk_token_id} - {None} - stop  # text with <unk> cannot be encoded back
     for kind, forbidden in ((THINKING, stop | {think} | unknown), (COMPLETION, {think, think_end} | unknown)):
         blocked[kind, [i for i in forbidden if 0 <= i < V]] = True
     closing = [think_end] if think_end >= 0 else tokenizer("</think>", add_special_tokens=False).input_ids
@@ -121,7 +121,7 @@ class Reply:
             logits /= self.divisor
         logits = torch.where(blocked, FORBIDDEN, logits)  # (B, V)
         drawn, logp = draw(logits, None if self.greedy else self.uniform.index_select(0, self.t)[0])  # (B,)
-        self.broken |= ~logp.isfinite() & ~self.done              # (B,) 16 bits may overflow: nothing can be drawn then
+        self.broken |= ~logp.isfinite() & ~self.done              # (B,) as after an overflow in fp16: the row ends
         self.done |= self.broken
         token = torch.where(forced, self.close[queue.clamp(max=max(L - 1, 0))], drawn)  # (B,)
         token = torch.where(self.done, rules.pad, token)          # (B,)
@@ -260,7 +260,7 @@ def draw(logits, uniform):
     if uniform is None:
         drawn = logits.argmax(-1, keepdim=True)                 # (B, 1)
     else:
-        where = "cpu" if torch.are_deterministic_algorithms_enabled() else p.device  # CUDA's cumsum is not
+        where = "cpu" if torch.are_deterministic_algorithms_enabled() else p.device  # CUDA's varies
         mass = p.double().to(where).cumsum(-1).to(p.device)     # (B, V) in fp32 a tail of small ones would be lost
         drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
         drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) in case rounding makes the product the total
@@ -311,43 +311,48 @@ def strip_echo(reply, prefix, max_words):
 # a check of the model before the run
 
 def probe(writer, player, windows, judge=None):
-    """Refuse a model that the run would misread: sample, score, train and judge three sequences as the run will do it.
+    """Refuse a model that the run would score wrongly: sample, score, train and judge three sequences as the run will.
 
-    Their lengths differ, the longest is as long as the run's longest, and the adapter has visible weights. Nothing stays.
+    Their lengths differ, the longest is as long as any in the run, and the adapter is perturbed. All is restored.
+    Without gradients, sampling alone is checked.
     """
-    args, most = writer.args, writer.max_tokens - writer.max_reply
-    prompts = [writer.prompt_ids(w.prefix) for w in windows]
+    args, most = writer.args, writer.max_tokens - len(writer.rules.close) - 6  # two of thinking, four of completion
+    prompts = [writer.prompt_ids(w.prefix)[:most] for w in windows]
     text = "\n".join(w.prefix + w.sep + w.truth for w in windows)
-    prompts[0] = (prompts[0] + writer.encode(text)[0] * most)[:most + args.completion_tokens]
+    prompts[0] = (prompts[0] + writer.encode(text)[0] * most)[:most]
     prompts[1] = prompts[1][:len(prompts[1]) * 3 // 4 or 1]
     params = adapter_parameters(player.model, player.adapter)
     kept, rng = [p.detach().clone() for p in params], rng_for("probe")
+
+    def restore():
+        for p, old in zip(params, kept):
+            p.data.copy_(old)
+
     try:
         player.activate()
         for p in params:
             p.data += 0.03 * torch.randn(p.shape, generator=rng).to(p.device)
         gaps = log_prob_gaps(writer.sampler, player, writer.rules, prompts, args)
-        share, names = untrained(player.model)
+        share, names = untrained(player.model) if torch.is_grad_enabled() else (0, [])
+        restore()
         if judge:
             judge.player.activate()
             judged = judge.score(windows, [window.truth for window in windows[1:] + windows[:1]], 0)
             for rows in micro_batches(judged.shown, args.micro_batch):
                 judge.loss(judged, rows)[0].backward()
-            if not judged.read.any():
-                print("none of the untrained discriminator's verdicts can be parsed; it cannot learn until some can")
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"--model {args.model} cannot be used: {type(error).__name__}: {first_line(error)}") from None
     finally:
-        for p, old in zip(params, kept):
-            p.data.copy_(old)
+        restore()
         for part in (player.model, *((judge, judge.player.model) if judge else ())):
             part.zero_grad(set_to_none=True)
-        writer.sampler.release()
+        for sampler in {writer.sampler, getattr(judge, "sampler", writer.sampler)}:
+            sampler.release()
     if share > 0.01:
         print(f"--model {args.model}: {share:.0%} of the weights are not trained: {', '.join(names)}", flush=True)
-    allowed = 1e-3 if args.quant != "int8" and args.dtype == "fp32" else 0.15
+    allowed = 0.5 if args.quant == "int8" else 1e-3 if args.dtype == "fp32" else 0.3
     for name, gap in gaps.items():
         if not gap <= allowed:
             raise UserError(f"--model {args.model}: the {name}'s log-probs are {gap:.2g} nats off the model's own, and "
@@ -357,13 +362,13 @@ def probe(writer, player, windows, judge=None):
 def log_prob_gaps(sampler, player, rules, prompts, args):
     """Distance in nats of the log-probs of sampler, learner and reference from those of the model's own forward pass on
     each sequence alone, without padding or cache: for each of the three the mean over a row's tokens, of the worst row.
-    Gradients of the learner's are added to the adapter's.
+    With gradients on, the learner's are backpropagated, for `untrained` to see.
     """
     sampler.sync(player.adapter)
     keys = [("probe", i) for i in range(len(prompts))]
     roll = rollout(sampler, prompts, rules, min(args.reasoning_tokens, 2), 4, args.temperature, keys)
     if roll.broken.any():
-        raise ValueError("its states are not finite")
+        raise ValueError("its states are not finite; if --dtype is fp16, give bf16 or fp32")
     found, lm, with_kl = {"sampler": roll.logps, "learner": 0 * roll.logps}, causal_lm(player.model), args.kl_coef > 0
     if with_kl:
         found["reference"] = 0 * roll.logps  # (B, T)
@@ -373,7 +378,8 @@ def log_prob_gaps(sampler, player, rules, prompts, args):
         found["learner"][mask] = stats.logp.detach()
         if with_kl:
             found["reference"][mask] = stats.ref_logp
-        (stats.logp.sum() + stats.kl.sum()).backward()
+        if torch.is_grad_enabled():
+            (stats.logp.sum() + stats.kl.sum()).backward()
     gaps = {}
     for name, logps in found.items():
         with torch.no_grad(), without_adapters(player.model) if name == "reference" else contextlib.nullcontext():

@@ -75,6 +75,8 @@ if __name__ == "__main__":
         if not given.strip():
             raise UserError(f"--file {flags.file} is empty; give a file with some text")
 
+    import torch
+
     from checkpoint import explain_failures, latest, load_run, load_weights
     from data import Window, clean, prompt_template
     from discriminator import make_judge
@@ -103,7 +105,9 @@ if __name__ == "__main__":
         sep = text[len(prefix):] or " "
         generator.check_length(len(writer.prompt_ids(prefix)) + writer.max_reply)
         if not asked and not is_run:  # a run has been checked already
-            probe(writer, generator, [Window(prefix, sep, prefix)] * 3)
+            args.micro_batch = 1
+            with torch.no_grad():
+                probe(writer, generator, [Window(prefix, sep, prefix)] * 3)
         written = {}  # name of a player to its samples and, with --best_of, their p_real
         for name, adapter in players.items():
             windows = [Window(prefix, sep, "")] * flags.num * flags.best_of

@@ -54,7 +54,7 @@ def flags(words=None):
     add("--prefix_tokens", type=int, default=None, help="length of a prefix (default: same as --completion_tokens)")
     add("--reasoning_tokens", type=int, default=None, help="thinking budget, 0: none (default: 256; with plain: 0)")
     add("--completion_tokens", type=int, default=256, help="completion budget")
-    add("--echo_tokens", type=int, default=16, help="extra budget for an echo of the prefix, words and tokens (0: off)")
+    add("--echo_tokens", type=int, default=16, help="extra tokens for an echo of the prefix, and words of it (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
     add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
@@ -69,7 +69,7 @@ def flags(words=None):
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
     add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy per text, or Bradley-Terry per pair")
-    add("--d_loss_scale", type=float, default=1.0, help="factor on the loss, which Adam cancels but for --grad_clip")
+    add("--d_loss_scale", type=float, default=1.0, help="factor on the loss; acts only through --grad_clip")
     add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last hidden state or the mean")
     add("--d_think_tokens", type=int, default=None,
         help="thinking budget of --disc reason (default: same as --reasoning_tokens)")
@@ -90,7 +90,7 @@ def flags(words=None):
     add("--seeds", type=int, default=5, help="k-means seeds for MAUVE (0: no evaluation at the end)")
     add("--seed", type=int, default=0, help="seed of adapters, data and sampling")
     add("--device", default="cuda", help="cuda, cuda:1, cpu, ...")
-    add("--deterministic", action=Switch, default=False, help="the same run each time on a GPU: slower, no CUDA graph")
+    add("--deterministic", action=Switch, default=False, help="make GPU runs repeatable: slower, no CUDA graph")
     add("--out_dir", default=None, help="folder of the run (default: out/<preset>-<next free number>)")
     add("--save_every", type=int, default=100, help="steps between checkpoints (0: only the last)")
     add("--track", choices=["none", "wandb", "trackio", "tensorboard"], default="none", help="also log to this service")

@@ -119,6 +119,23 @@ def test_a_model_whose_log_probs_would_be_wrong_is_refused(kind, more, message, 
     assert message in error.value.message
 
 
+@pytest.mark.parametrize("kind, keys", [("GPT2", ["transformer.h.0.attn.masked_bias"]), ("OPT", ["model.decoder.version"]), (
+    "Llama", ["model.layers.0.self_attn.rotary_emb.inv_freq", "v_head.summary.weight", "mtp.layers.0.weight"])])
+def test_old_buffers_and_other_heads_in_a_file_are_no_mistake(kind, keys, made):
+    folder = made(kind, word_embed_proj_dim=32, ffn_dim=48)
+    save_file(load_file(folder / "model.safetensors") | {key: torch.zeros(1) for key in keys}, folder / "model.safetensors",
+              metadata={"format": "pt"})
+    load(folder)
+
+
+def test_a_special_token_that_no_text_has_needs_no_row(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<image {i}>" for i in range(10)]})
+    tokenizer.save_pretrained(folder)
+    (folder / "data_config.json").write_text("[]")
+    assert load(folder) and digests(folder, "--model")
+
+
 @pytest.mark.parametrize("kind, more", [("Cohere", dict(logit_scale=0.1)), ("Granite", dict(logits_scaling=8.0))])
 def test_a_factor_on_the_logits_is_part_of_the_log_probs(kind, more, made):
     model = load(made(kind, **more))
@@ -188,6 +205,15 @@ def test_the_probe_turns_any_failure_into_one_line(where, what, tiny_folder, mon
     with pytest.raises(UserError) as error:
         probe(writer, generator, windows, judge)
     assert what in error.value.message
+
+
+def test_the_probe_fits_in_the_positions_of_the_run(made):
+    folder = made("GPT2", n_positions=44, n_embd=32, n_layer=2, n_head=2)
+    parts = players(folder, prompt="{text}", reasoning_tokens=0, echo_tokens=0, completion_tokens=28)
+    assert parts[0].max_tokens == 44
+    probe(*parts)
+    with torch.no_grad():
+        probe(*parts[:3])
 
 
 def test_experts_are_not_trained_and_the_run_says_so(made, capsys):
