@@ -49,7 +49,7 @@ MORE = {  # what one architecture needs besides
     "gpt_neo": dict(attention_types=[[["global", "local"], 3]]),
     "diffllama": dict(num_key_value_heads=2),
     "minicpm3": dict(num_key_value_heads=2),
-    "codegen": dict(n_head=4, n_embd=64),
+    "codegen": dict(n_head=4, num_attention_heads=4),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 3),
     "bamba": dict(attn_layer_indices=[1, 3, 5]),
     "rembert": dict(input_embedding_size=32, output_embedding_size=32),
@@ -59,13 +59,14 @@ ARGS = argparse.Namespace(reasoning_tokens=2, temperature=1.0, kl_coef=0.05, mic
 
 PAGE = """# Models
 
-This page lists which causal language models of transformers {version} train, found by trying a tiny one of each ({date}).
+This page lists which causal language models of transformers {version} train.
+A tiny one of each was tried ({date}).
 
 ```bash
 python tests/slow/models.py  # {minutes:.0f} min on one core of a busy machine
 ```
 
-Each model is made from its config: {layers} layers, windows of {window} tokens if it has any, weights at three times their initial scale.
+Each model is made from its config: {layers} layers, windows of {window} tokens if it has any, initial weights times three.
 It gets the demo's tokenizer, is saved, loaded as `--model`, and given adapters with visible weights.
 Three sequences of unequal length, the longest beyond any window, are then sampled and scored in fp32.
 The gap is the distance of the sampler's, the learner's and the reference's log-probs from the model's own.
