@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 
 import checkpoint
+from flags import Run
 from model import Player
 from reward import Baseline
 
@@ -184,3 +185,32 @@ def test_what_is_not_finite_is_not_saved(where, run, capsys):
     spoilt.data.view(-1)[0] = math.inf
     err = ends(lambda: checkpoint.save(out, 3, players, judge, *rest), capsys, status=1)
     assert "not finite" in err and "the last checkpoint is intact" in err and all_bytes(out) == before
+
+
+def test_exchanged_adapters_are_refused(run, capsys):
+    out, *rest, files = run
+    checkpoint.save(out, 2, *rest, files)
+    for old, new in (("generator", "x"), ("discriminator", "generator"), ("x", "discriminator")):
+        (out / "ckpt" / old).rename(out / "ckpt" / new)
+    assert "weights are not those that were saved" in ends(lambda: checkpoint.restore(out, *rest), capsys)
+
+
+def test_a_model_that_changed_since_the_run_began_is_refused_by_name(tiny_folder, tmp_path, capsys):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    args = Namespace(model=str(folder), d_model=None, featurizer="base", seeds=2)
+    checkpoint.pin(args)
+    made_with = copy.deepcopy(args.made_with)
+    checkpoint.pin(args)  # a resumed run
+    assert args.made_with == made_with and sorted(made_with[str(folder)]) == ["model", "tokenizer"]
+    (folder / "tokenizer_config.json").write_text("{}")
+    err = ends(lambda: checkpoint.pin(args), capsys)
+    assert f"--model {folder}: files of its tokenizer have changed since this run began" in err
+
+
+def test_edited_flags_are_refused(tmp_path, capsys):
+    args = Namespace(model="demo", prompt="{text}", seed=0, resume=None)
+    checkpoint.write_args(tmp_path, args, torch.device("cpu"))
+    assert Run(tmp_path).args.seed == 0
+    file = tmp_path / "args.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 5'))
+    assert "was edited; a run keeps the flags that it began with" in ends(lambda: Run(tmp_path), capsys)
