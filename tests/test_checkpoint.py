@@ -137,7 +137,7 @@ def test_a_run_whose_files_are_gone_ends_at_its_next_checkpoint(what, run, capsy
     out, *rest = run
     checkpoint.save(out, 2, *rest)
     metrics, copied = out / "metrics.jsonl", out / "copy"
-    if what == "replaced":  # as an editor saves a file
+    if what == "replaced":  # an editor saves a file this way
         shutil.copy(metrics, copied)
     {"removed": lambda: shutil.rmtree(out), "moved": lambda: out.rename(out.with_name("elsewhere")),
      "replaced": lambda: copied.rename(metrics), "emptied": lambda: metrics.write_text("")}[what]()

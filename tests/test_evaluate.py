@@ -122,7 +122,7 @@ def test_the_command_measures_one_run_and_compares_others_with_the_first(tmp_pat
         ("0", TRUTHS[:60]), ("1", TRUTHS[:60]), ("2", ["no"] * 60)))
     assert run_script("evaluate.py", one, "--curve", 30).status == 0
     assert evaluate(one, "base", 2, *demo, "cpu")["floor"] is None
-    assert [point["num_sequences"] for point in read(one, "mauve.json")["curve"]] == [30, 30]  # as last time
+    assert [point["num_sequences"] for point in read(one, "mauve.json")["curve"]] == [30, 30]  # the size of last time
     ended = run_script("evaluate.py", one, same, worse)
     first, second = ended.out.strip().split("\n\n")
     assert "no clear difference, +0.000" in first and "higher, +" in second and ended.status == 0

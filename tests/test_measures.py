@@ -89,7 +89,7 @@ def test_other_features_are_those_of_mauve_text_whatever_the_batch(kind, config,
     ids = [tokenizer.encode(text, return_tensors="pt", truncation=True, max_length=64) for text in TEXTS]
     theirs = featurize_tokens_from_model(get_model(folder, tokenizer, -1), ids, batch_size=1)
     np.testing.assert_allclose(featurizer(folder, None, None, "cpu")(TEXTS), theirs, rtol=1e-4, atol=1e-5)
-    (tmp_path / config.model_type / "1_Pooling").mkdir()  # as sentence-transformers saves it
+    (tmp_path / config.model_type / "1_Pooling").mkdir()  # sentence-transformers saves it there
     for mode, pool in (("mean_tokens", lambda h: h.mean(0)), ("cls_token", lambda h: h[0])):
         pooling = {"word_embedding_dimension": 32, f"pooling_mode_{mode}": True, "pooling_mode_max_tokens": False}
         (tmp_path / config.model_type / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
