@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from model import DTYPES, adapter_parameters, add_adapters, load_model
+from model import adapter_parameters, add_adapters, load_model
 from rollout import rules
 from sampler import AdapterBeside
 from test_sampler import gap, prompts_of, sampler_of
@@ -25,7 +25,7 @@ def loaded(folder, quant, dtype, device):  # with two adapters whose weights are
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_sampler_and_learner_agree_in_every_precision(static, quant, dtype, tolerance, tiny_folder):
     model, tokenizer = loaded(tiny_folder, quant, dtype, "cpu")
-    sampler = sampler_of(model, static, dtype=DTYPES[dtype])
+    sampler = sampler_of(model, static)
     assert all(isinstance(part, AdapterBeside) == (quant != "none") for part, _ in sampler.pairs)
     args = model, sampler, prompts_of(tokenizer), rules(tokenizer, model)
     assert gap(*args)[0] < tolerance
@@ -37,7 +37,7 @@ def test_sampler_and_learner_agree_in_every_precision(static, quant, dtype, tole
 @pytest.mark.parametrize("quant, dtype, tolerance", PRECISIONS[:5])
 def test_a_graph_samples_what_the_growing_cache_samples(quant, dtype, tolerance, tiny_folder):
     model, tokenizer = loaded(tiny_folder, quant, dtype, "cuda")
-    growing, graph = (sampler_of(model, static, dtype=DTYPES[dtype]) for static in (False, None))
+    growing, graph = (sampler_of(model, static) for static in (False, None))
     assert graph.static and graph.captures and not growing.captures
     prompts, rule = prompts_of(tokenizer), rules(tokenizer, model)
     for adapter in ("generator", "discriminator", "generator"):  # by the same graphs: new weights at old addresses
@@ -49,12 +49,12 @@ def test_a_graph_samples_what_the_growing_cache_samples(quant, dtype, tolerance,
                 gap(model, sampler, some, rule, temperature, 300) for sampler in (graph, graph, growing))
             assert distance < tolerance and torch.equal(replayed.ids, roll.ids)
             assert dtype != "fp32" or torch.equal(plain.ids, roll.ids)
-    assert len(graph.kept) == 3 and all(step.graph for _, _, step in graph.kept.values())
+    assert len(graph.caches) == 3 and all(step.graph for _, _, step in graph.caches.values())
 
 
 @GPU
 def test_a_model_that_cannot_be_captured_samples_without_a_graph(tiny_folder):
     model, tokenizer = loaded(tiny_folder, "int8", "bf16", "cuda")  # LLM.int8() searches for outliers, and so waits
-    sampler = sampler_of(model, None, dtype=torch.bfloat16)
+    sampler = sampler_of(model, None)
     assert sampler.static and not sampler.captures
     assert gap(model, sampler, prompts_of(tokenizer), rules(tokenizer, model))[0] < 0.5
