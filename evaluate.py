@@ -21,13 +21,15 @@ import statistics
 
 from flags import (Parser, Run, UserError, check_device, export_command, json_lines, read_lines, resume_command,
                    write_whole)
-from measures import (MIN_TEXTS, audit, check_featurizer, copy_rate, distinct, featurizer, lengths, mauve_of, paired,
-                      reliability, repetition, self_bleu)
+from measures import (MIN_TEXTS, audit, check_featurizer, compression_ratio, copy_rate, distinct, featurizer, lengths,
+                      mauve_of, paired, reliability, repetition, self_bleu, two_samples)
 
 WINDOW, LIBRARY_SEED = 2000, 25  # the write-up scores the last 2000 sequences, with mauve-text's default seed
 LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run",
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last {num_last2000} (the write-up)",
-          "fresh": "fresh: held-out prefixes", "fresh_ceiling": "ceiling of fresh"}
+          "fresh_floor": "floor, held-out prefixes", "fresh": "result, held-out prefixes",
+          "fresh_ceiling": "ceiling, held-out texts"}
+NATS = "nats_base", "nats_base_thinking", "nats", "nats_thinking"  # of held-out truths, in fresh.jsonl
 PAIRED = "{verdict}, {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
 FEW_PAIRS = f"{{difference:+.3f}}, no verdict: {{num_sequences}} pairs, and {MIN_TEXTS} are needed"
 
@@ -77,8 +79,8 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
                 "ceiling": ((truth, column(before, "truth")) if len(before) == n else
                             (truth[:half], truth[half:2 * half])),
                 "mauve_last2000": (column(window, "truth"), column(window, "completion")),
-                "fresh": (column(fresh, "truth"), column(fresh, "completion")),
-                "fresh_ceiling": (column(fresh, "truth"), column(fresh, "other_truth"))}
+                **{name: (column(fresh, "truth"), column(fresh, key)) for name, key in
+                   (("fresh_floor", "base_completion"), ("fresh", "completion"), ("fresh_ceiling", "other_truth"))}}
     compared = {name: texts for name, texts in compared.items() if texts[1]}
     featurize = featurizer(featurizer_name, model, tokenizer, device)
     scores = {name: mauve_of(*map(featurize, texts), [LIBRARY_SEED] if name == "mauve_last2000" else range(seeds))
@@ -98,6 +100,11 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
         print(f"{folder}: its floor has other prefixes than its last {n} sequences{status(run)}")
     texts = {"truth": (last, "truth"), "floor": (floor, "completion"), "result": (last, "completion")}
     texts = {name: describe(model, tokenizer, *which, device) for name, which in texts.items() if any(column(*which))}
+    for name, pair in (("truth", "ceiling"), ("floor", "floor"), ("result", "mauve")):
+        if name in texts:
+            texts[name] |= two_samples(*map(featurize, compared[pair]))
+    if fresh:
+        result["fresh_nats"] = nats(fresh)
     report = result | dict(ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, texts=texts,
                            curve=over_the_run(run.rollouts, curve, seeds, featurize))
     if curve:
@@ -111,6 +118,16 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
     write_whole(run.folder / "mauve.json", json.dumps(report, indent=2) + "\n")
     write_whole(run.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def nats(fresh):
+    """Mean nats a token of held-out truths, before and after training, without a thought and after the model's own; and
+    the last of these minus the base's, with its 95 % interval.
+    """
+    means = {key: statistics.fmean(column(fresh, key)) for key in NATS}
+    change = [row["nats_thinking"] - row["nats_base_thinking"] for row in fresh]
+    mean, half = statistics.fmean(change), 1.96 * statistics.stdev(change) / len(change) ** 0.5
+    return means | {"change": mean, "interval": [mean - half, mean + half]}
 
 
 def last_curve(folder):
@@ -142,6 +159,7 @@ def describe(model, tokenizer, records, key, device):
     ids = [encode(text)[0] for text in column(records, key)]
     pairs = [pair_ids(encode, bos, r["prefix"], r["sep"], r["truth"], r[key]) for r in records]
     found = {f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)} | lengths(ids)
+    found["compression_ratio"] = compression_ratio(column(records, key))
     prefixes = [encode(prefix)[0] for prefix in column(records, "prefix")]
     found |= dict(self_bleu_4=self_bleu(column(records, key)), repetition=repetition(ids),
                   copy_rate=copy_rate(prefixes, ids),
@@ -181,6 +199,10 @@ def print_report(run, report):
         print(f"  empty: {', '.join(f'{count} of {name}' for name, count in report['num_empty'].items() if count)}")
     if report["kl"] is not None:
         print(f"  KL to the base              {report['kl']:.3f} nats a token")
+    if "fresh_nats" in report:
+        print("  held-out truths             {nats_base:.3f} to {nats:.3f} nats a token; after a thought "
+              "{nats_base_thinking:.3f} to {nats_thinking:.3f}, {change:+.3f}   95 % {interval[0]:+.3f} to "
+              "{interval[1]:+.3f}".format(**report["fresh_nats"]))
     print("\n" + " " * 30 + "".join(f"{name:>10s}" for name in report["texts"]))
     for key in dict.fromkeys(key for found in report["texts"].values() for key in found):
         cells = (found.get(key) for found in report["texts"].values())
@@ -192,9 +214,12 @@ def print_report(run, report):
 
 
 def sample_fresh(run, num_sequences, generator):
-    """Write fresh.jsonl: samples on held-out prefixes, each with the truth of another held-out document as well."""
+    """Write fresh.jsonl: samples on held-out prefixes, by the trained model and by the base; how probable each finds
+    the truth; and the truth of another held-out document.
+    """
     from tqdm import tqdm
     from data import plain_encoder, windows
+    from model import without_adapters
     from rollout import Writer
     from sampler import Sampler
     stream = windows(run.args, plain_encoder(generator.tokenizer), split="held_out")
@@ -208,11 +233,36 @@ def sample_fresh(run, num_sequences, generator):
     records = []
     for first in tqdm(range(0, num, 32), desc="fresh samples"):
         batch = [stream[place] for place in range(first, min(first + 32, num))]
-        samples = writer.write(batch, generator.adapter, "fresh", first)
-        records += writer.records([run.rollouts[-1]["step"]] * len(batch), batch, samples)
+        samples, base = (writer.write(batch, adapter, "fresh", first) for adapter in (generator.adapter, None))
+        rows = writer.records([run.rollouts[-1]["step"]] * len(batch), batch, samples)
+        generator.activate()
+        with without_adapters(generator.model):
+            found = [truth_nats(generator.model, writer, batch, thoughts) for thoughts in (None, base.roll.think)]
+        found += [truth_nats(generator.model, writer, batch, thoughts) for thoughts in (None, samples.roll.think)]
+        records += [row | dict(base_completion=text) | dict(zip(NATS, values))
+                    for row, text, *values in zip(rows, base.texts, *found)]
     for place, record in enumerate(records, num):
         record["other_truth"] = stream[place].truth
     write_whole(run.folder / "fresh.jsonl", json_lines(records))
+
+
+def truth_nats(model, writer, windows, thoughts):
+    """Mean nats a token of each window's truth, as the completion after a thought (ids; None: after none): B numbers.
+    """
+    import torch
+    from model import micro_batches, pad, token_stats
+    from rollout import COMPLETION
+    rows, found = [writer.truth_ids(window.prefix, think, window.truth) for window, think in
+                   zip(windows, thoughts or [[]] * len(windows))], []
+    for part in micro_batches(rows, writer.args.micro_batch):
+        ids = pad([before + truth for before, truth in part], writer.rules.pad, model.device)  # (b, T)
+        marks = pad([[False] * len(before) + [True] * len(truth) for before, truth in part], False, model.device,
+                    torch.bool)  # (b, T)
+        with torch.no_grad():
+            logp = token_stats(model, ids, marks, writer.rules.blocked, torch.full_like(ids, COMPLETION),
+                               writer.args.temperature).logp  # (N,)
+        found += [-logps.mean().item() for logps in logp.split(marks.sum(1).tolist())]
+    return found
 
 
 def compare(featurize, one, other, seeds):

@@ -122,10 +122,11 @@ KNOWN = {
     "args": "args:object device:text? command:list? versions:object? commit:text?",
     "result": "mauve:number num_steps:count? " + " ".join(
         f"{name}:number? {name}_sd:number? {name}_interval:interval?" for name in
-        "mauve floor ceiling mauve_last2000 fresh fresh_ceiling".split()),
-    "mauve": "curve:curve?", "point": "step:count mauve:number interval:interval?",
+        "mauve floor ceiling mauve_last2000 fresh fresh_floor fresh_ceiling".split()),
+    "mauve": "curve:curve? texts:object?", "point": "step:count mauve:number interval:interval?",
 }
-KNOWN |= {"floor": KNOWN["rollouts"], "fresh": KNOWN["rollouts"] + " other_truth:words"}
+KNOWN |= {"floor": KNOWN["rollouts"], "fresh": KNOWN["rollouts"] + " other_truth:words base_completion:text" + "".join(
+    f" {key}:number" for key in ("nats", "nats_thinking", "nats_base", "nats_base_thinking"))}
 KINDS = {
     "text": lambda x: isinstance(x, str) and not re.search("[\ud800-\udfff]", x),
     "words": lambda x: KINDS["text"](x) and x != "",

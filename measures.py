@@ -1,5 +1,5 @@
 """
-Measures of texts: MAUVE with intervals, features for it, diversity, a shortcut audit, calibration.
+Measures of texts: MAUVE with intervals, precision and recall, two-sample tests, diversity, a shortcut audit.
 
 MAUVE (Pillutla et al., NeurIPS 2021, arXiv 2102.01454) with c = 5 and one cluster per ten texts, to the value that the
 package mauve-text gives. What differs from it:
@@ -8,10 +8,11 @@ package mauve-text gives. What differs from it:
 3. Any model can make the features, in batches; for gpt2 and bert names they equal the package's.
 4. An empty text is a row of zeros, far from all others. The package drops it, so a silent model would score high.
 
-Letters: B or N texts, T tokens, H features, D principal ones, S seeds, K clusters, W mixture weights.
+Letters: B or N texts, T tokens, H features, D principal ones, S seeds, K clusters, W mixture weights, P permutations.
 """
 import collections
 import difflib
+import gzip
 import random
 import statistics
 
@@ -122,6 +123,60 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
 
 
 # -----------------------------------------------------------------------------
+# what one number hides: quality apart from diversity, and whether a difference is more than chance
+
+def two_samples(truth, generated):
+    """Precision, recall and two tests of two feature matrices (N, H) whose i-th rows belong to one prefix: a dict."""
+    from sklearn.preprocessing import normalize
+    truth, generated = normalize(truth), normalize(generated)  # (N, H) each, as MAUVE sees them
+    return precision_recall(truth, generated) | mmd_test(truth, generated) | classifier_test(truth, generated)
+
+
+def precision_recall(truth, generated, k=3):
+    """Precision: share of generated texts that lie near a real one, nearer than its k-th neighbour among the real ones.
+    Recall: the same with the sides exchanged (Kynkaanniemi et al. 2019, arXiv 1904.06991; for texts arXiv 2402.10693).
+    """
+    from scipy.spatial.distance import cdist
+
+    def share(texts, known):
+        radius = np.sort(cdist(known, known))[:, min(k, len(known) - 1)]  # (N,); the nearest is the text itself
+        return float((cdist(texts, known) <= radius).any(1).mean())
+
+    return {"precision": share(generated, truth), "recall": share(truth, generated)}
+
+
+def mmd_test(truth, generated, num_permutations=999):
+    """mmd: squared maximum mean discrepancy, unbiased (Gretton et al. 2012), with a Gaussian kernel whose width is the
+    median distance; mmd_p: share of permutations, each exchanging the two texts of random prefixes, that reach it.
+    """
+    from scipy.spatial.distance import cdist
+    N, both = len(truth), np.vstack([truth, generated])  # (2 N, H)
+    squares = cdist(both, both, "sqeuclidean")  # (2 N, 2 N)
+    kernel = np.exp(-squares / (np.median(squares[~np.eye(2 * N, dtype=bool)]) or 1))  # (2 N, 2 N)
+    apart = kernel[:N, :N] + kernel[N:, N:] - kernel[:N, N:] - kernel[N:, :N]  # (N, N)
+    np.fill_diagonal(apart, 0)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (num_permutations + 1, N))  # (P + 1, N)
+    signs[0] = 1  # the texts as they are
+    values = ((signs @ apart) * signs).sum(1) / (N * max(N - 1, 1))  # (P + 1,)
+    return {"mmd": float(values[0]), "mmd_p": float((values >= values[0] - 1e-12).mean())}
+
+
+def classifier_test(truth, generated):
+    """A logistic regression on the texts of half the prefixes (Lopez-Paz and Oquab 2017, arXiv 1610.06545).
+    classifier: share of the other prefixes whose real text it finds; classifier_p: by Wilcoxon's signed-rank test.
+    """
+    from scipy.stats import wilcoxon
+    from sklearn import linear_model, pipeline, preprocessing
+    half, other = np.array_split(np.random.default_rng(0).permutation(len(truth)), 2)
+    regression = linear_model.LogisticRegression(C=0.01, max_iter=1000)
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
+    model.fit(np.vstack([truth[half], generated[half]]), np.repeat([1, 0], len(half)))
+    margin = model.decision_function(truth[other]) - model.decision_function(generated[other])  # (N / 2,)
+    return {"classifier": float((1 + np.sign(margin)).mean() / 2),
+            "classifier_p": float(wilcoxon(margin, zero_method="zsplit", alternative="greater").pvalue)}
+
+
+# -----------------------------------------------------------------------------
 # texts to features
 
 def check_featurizer(name):
@@ -216,6 +271,12 @@ def repetition(sequences, n=4):
     return (total - sum(len(set(each)) for each in grams)) / total if total else None
 
 
+def compression_ratio(texts):
+    """Bytes of all texts over their gzipped bytes; repetition raises it (Shaib et al. 2024, arXiv 2403.00553)."""
+    data = "\n".join(texts).encode(errors="replace")
+    return len(data) / len(gzip.compress(data)) if data else None
+
+
 def batch_metrics(samples, judged, ids):
     """Metrics of a sampled (rollout.Samples) and judged (discriminator.Judged) batch; ids: of its B completions."""
     roll, B = samples.roll, len(samples.texts)
@@ -226,12 +287,20 @@ def batch_metrics(samples, judged, ids):
 
 
 def policy_metrics(stats, roll, with_kl):
-    """Metrics of the sampled tokens (model.TokenStats); kl and coherence are null without the KL's pass."""
-    completion = ~roll.thinking[roll.sampled]  # (N,)
-    return dict(
-        kl=stats.kl.mean().item() if with_kl else None, entropy=stats.entropy.mean().item(),
-        logp_gap=(stats.logp - roll.logps[roll.sampled]).abs().mean().item(),
-        coherence=(stats.ref_logp[completion] > -10).float().mean().item() if with_kl else None)
+    """Metrics of the sampled tokens (model.TokenStats); what needs the KL's pass is null without it.
+
+    gap_kl: KL between sampler and learner, estimated as half the mean squared difference of their log-probs.
+    sampler_corr: correlation of the sampler's and the learner's change from the base.
+    """
+    import torch
+    completion, gap = ~roll.thinking[roll.sampled], roll.logps[roll.sampled] - stats.logp  # (N,) each
+    found = dict(entropy=stats.entropy.mean().item(), logp_gap=gap.abs().mean().item(),
+                 gap_kl=gap.square().mean().item() / 2, kl=None, sampler_corr=None, coherence=None)
+    if with_kl:
+        change = stats.logp - stats.ref_logp  # (N,)
+        found |= dict(kl=stats.kl.mean().item(), coherence=(stats.ref_logp[completion] > -10).float().mean().item(),
+                      sampler_corr=torch.corrcoef(torch.stack([change, change + gap]))[0, 1].item())
+    return found
 
 
 def self_bleu(texts, num_texts=100):
@@ -269,23 +338,29 @@ SHORTCUTS = {  # what a classifier sees of a text, for each aspect
 }
 
 
-def audit(real, generated, num_folds=5):
+def audit(real, generated, num_folds=5, num_permutations=19):
     """What a discriminator could know without reading: accuracy of a small classifier that sees one aspect of a text.
 
     real, generated: lists of (ids, text), as the discriminator reads them, the i-th of both for the same prefix.
     Logistic regression on ids, a tree of depth 3 on sizes; cross-validated, with both texts of a prefix in one fold.
-    Returns a dict from "audit: " and the aspect to the accuracy.
+    Returns a dict from "audit: " and the aspect to the accuracy. "audit: chance" is the highest accuracy of any aspect
+    where the texts of random prefixes are exchanged; with 19 such permutations an accuracy above it has p = 0.05.
     """
-    from sklearn import feature_extraction, linear_model, model_selection as ms, pipeline, tree
-    labels, groups = np.repeat([1, 0], len(real)), np.tile(np.arange(len(real)), 2)  # (N,) each
-    found = {}
+    from sklearn import feature_extraction, linear_model, model_selection as ms, tree
+    N, rng, folds, chance, found = len(real), np.random.default_rng(0), ms.GroupKFold(num_folds), 0.0, {}
+    groups, swaps = np.tile(np.arange(N), 2), rng.random((num_permutations, N)) < 0.5  # (2 N,), (P, N)
     for aspect, features in SHORTCUTS.items():
         rows, of_ids = [features(ids, text) for ids, text in [*real, *generated]], "3 tokens" in aspect
+        rows = feature_extraction.DictVectorizer(sparse=of_ids).fit_transform(rows)  # (2 N, features)
         model = linear_model.LogisticRegression(max_iter=1000) if of_ids else tree.DecisionTreeClassifier(max_depth=3)
-        model = pipeline.make_pipeline(feature_extraction.DictVectorizer(sparse=of_ids), model)
-        guesses = ms.cross_val_predict(model, rows, labels, groups=groups, cv=ms.GroupKFold(num_folds))  # (N,)
-        found[f"audit: {aspect}"] = float((guesses == labels).mean())
-    return found
+
+        def accuracy(swapped):
+            labels = np.concatenate([~swapped, swapped])  # (2 N,)
+            return float((ms.cross_val_predict(model, rows, labels, groups=groups, cv=folds) == labels).mean())
+
+        found[f"audit: {aspect}"] = accuracy(np.zeros(N, dtype=bool))
+        chance = max(chance, *map(accuracy, swaps))
+    return found | {"audit: chance": chance}
 
 
 def reliability(chances, outcomes, num_bins=10):

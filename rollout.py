@@ -199,6 +199,11 @@ class Writer:
     def prompt_ids(self, prefix):
         return prompt_ids(self.tokenizer, self.encode, self.args.prompt, prefix)
 
+    def truth_ids(self, prefix, think, truth):
+        """Ids of prompt, thinking (ids) and its closing; and ids of a truth, as a completion would have them."""
+        before = self.prompt_ids(prefix) + think + self.rules.close.tolist()
+        return before, self.encode(truth)[0][:self.args.completion_tokens]
+
     def decode(self, ids):
         """Text of ids; a character that is cut in two at the end is left out."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")

@@ -29,6 +29,10 @@ DEMO = dict(
     reasoning_tokens=12, completion_tokens=48, batch_size=64, micro_batch=16, num_steps=40, g_lr=2e-3, d_lr=3e-3,
     d_scale=1.0, kl_coef=0.1, g_reward="neglog", adv_norm=True, d_pool="mean", d_warmup=8, featurizer="base",
     save_every=10)
+SMALL = DEMO | dict(
+    model="HuggingFaceTB/SmolLM2-135M-Instruct", data="pile", device="cuda", dtype="bf16", batch_size=16, micro_batch=8,
+    num_steps=100, d_warmup=4, g_lr=1e-3, d_lr=6e-4, featurizer="sentence-transformers/all-MiniLM-L6-v2")
+PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
 MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every track".split()  # with --resume
@@ -38,7 +42,7 @@ def flags(words=None):
     """The flags, one a line. The defaults are the write-up's run 05."""
     parser = Parser(__doc__, words)
     add = parser.add_argument
-    add("--preset", choices=["writeup", "demo"], default="writeup", help="set of defaults")
+    add("--preset", choices=PRESETS, default="writeup", help="set of defaults: 8 billion, 4 or 135 million weights")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM, or the embedded demo, demo-small")
     add("--quant", type=short, choices=["none", "nf4", "int8"], default="none", help="quantise the base (bitsandbytes)")
@@ -95,9 +99,10 @@ def flags(words=None):
     add("--save_every", type=int, default=100, help="steps between checkpoints (0: only the last)")
     add("--track", choices=["none", "wandb", "trackio", "tensorboard"], default="none", help="also log to this service")
     add("--resume", default=None, help="folder of a run to continue")
-    demo, reason = parser.peek("--preset") == "demo", parser.peek("--disc") == "reason"
+    preset, reason = parser.peek("--preset"), parser.peek("--disc") == "reason"
     plain = parser.peek("--prompt") == "plain"  # nobody asks for thinking or an echo then
-    for applies, defaults in ((demo, DEMO), (reason, REASON), (demo and reason, DEMO_REASON),
+    for applies, defaults in ((preset in PRESETS, PRESETS.get(preset)), (reason, REASON),
+                              (reason and preset == "demo", DEMO_REASON),
                               (plain, dict(reasoning_tokens=0, echo_tokens=0))):  # later ones win
         parser.set_defaults(**defaults if applies else {})
     return parser
@@ -150,7 +155,10 @@ if __name__ == "__main__":
     args.prompt = prompt_template(args.prompt, tokenizer)
     stream = windows(args, plain_encoder(tokenizer))
     args.data_revision = stream.revision  # a run can be resumed only on the data that it began with
-    print("\n".join([stream.summary(), *prompt_notes(args.prompt, tokenizer, R)]), flush=True)
+    usual = flags(["--preset", args.preset]).parse_args()
+    note = f"--g_lr {args.g_lr:g} was found for {usual.model}; docs/results.md has rates for other sizes"
+    notes = prompt_notes(args.prompt, tokenizer, R) + [note] * (args.model != usual.model and args.g_lr == usual.g_lr)
+    print("\n".join([stream.summary(), *notes]), flush=True)
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
@@ -261,10 +269,12 @@ if __name__ == "__main__":
                 if name in files:  # verdicts are there with --disc reason only
                     files[name].write(json_lines(lines))
             tracker.log(step, row | d_metrics, records[:8])
+        kl, gap = row.get("kl") or 0, row.get("gap_kl", 0)
+        doubt = f" (sampler's gap {gap:.4f})" if gap > kl > 0 else ""
         name = f"step {step}/{args.num_steps}" if step >= 0 else f"warm-up {step + args.d_warmup + 1}/{args.d_warmup}"
         left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
         print(f"{name} | reward {row['reward']:.3f} | p_real {row['p_real']:.2f} | length {row['length_score']:.2f} | "
-              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | kl {row.get('kl') or 0:.4f} | {t2 - t0:.1f} s/step, "
+              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | kl {kl:.4f}{doubt} | {t2 - t0:.1f} s/step, "
               f"{datetime.timedelta(seconds=int(left))} left", flush=True)
 
         # save

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from conftest import lines, run_script
-from data import held_out, read_documents
-from evaluate import compare_runs, describe, evaluate, read_run
+from data import Window, held_out, prompt_template, read_documents
+from evaluate import compare_runs, describe, evaluate, read_run, truth_nats
 from flags import Run, UserError
 from measures import featurizer
+from rollout import Writer
+from sampler import Sampler
+from train import parse_flags
 
 WORDS = (argparse.__doc__ + statistics.__doc__).split()
 TRUTHS = [" ".join(random.Random(i).choices(WORDS, k=6)) for i in range(100)]
@@ -99,11 +102,35 @@ def test_fresh_takes_half_of_the_held_out_documents_and_stays_until_the_run_goes
     rows, first = lines(run / "fresh.jsonl"), read(run, "result.json")
     assert len({row[key] for row in rows for key in ("truth", "other_truth")}) == 2 * first["fresh_num_sequences"] == 10
     assert evaluate(run, "base", 2, *demo, "cpu") == first and 0 <= first["fresh"] <= 1
+    for key, mean in first["fresh_nats"].items():
+        if key.startswith("nats"):
+            assert 2 < mean == pytest.approx(statistics.fmean(row[key] for row in rows)), key
+    low, high = first["fresh_nats"]["interval"]
+    change = [row["nats_thinking"] - row["nats_base_thinking"] for row in rows]
+    assert first["fresh_nats"]["change"] == pytest.approx(statistics.fmean(change)) and low < high
+    assert (low + high) / 2 == pytest.approx(statistics.fmean(change))
     with open(run / "rollouts.jsonl", "a") as file:
         file.write(json.dumps(lines(run / "rollouts.jsonl")[-1] | {"step": 3}) + "\n")
     info["args"]["num_steps"] = 4
     (run / "args.json").write_text(json.dumps(info))
     assert "fresh" not in evaluate(run, "base", 2, *demo, "cpu")
+
+
+def test_nats_of_the_truth_are_those_of_the_whole_sequence_after_prompt_and_thought(demo):
+    model, tokenizer = demo
+    args = parse_flags(["--preset", "demo", "--temperature", "0.8", "--micro_batch", "1"])
+    args.prompt = prompt_template(args.prompt, tokenizer)
+    writer = Writer(Sampler(model), tokenizer, args)
+    batch, thoughts = [Window("def f(", "", "x): pass"), Window("The sum of", " ", "all parts.")], [[5, 6, 7], [8]]
+    for think, windows in ((thoughts, batch), ([[], []], batch[::-1])):
+        for window, thought, found in zip(windows, think, truth_nats(model, writer, windows, think)):
+            before = writer.prompt_ids(window.prefix) + thought + writer.rules.close.tolist()
+            truth = writer.encode(window.truth)[0]
+            logits = model(torch.tensor([before + truth])).logits[0, len(before) - 1:-1] / 0.8  # (n, V)
+            logits = logits.masked_fill(writer.rules.blocked[1], -torch.inf)
+            logp = logits.log_softmax(-1).gather(1, torch.tensor(truth)[:, None])  # (n, 1)
+            assert found == pytest.approx(-logp.mean().item(), rel=1e-4)
+    assert truth_nats(model, writer, batch, None) == truth_nats(model, writer, batch, [[], []])
 
 
 @pytest.mark.parametrize("name, way", [("floor", "sample it anew with: python train.py --resume"), ("rollouts", "")])

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -7,8 +8,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from conftest import shared
 from flags import UserError
-from measures import (audit, check_featurizer, copy_rate, distinct, featurizer, histogram_mauve, interval_of, jackknife,
-                      lengths, mauve_of, paired, reliability, repetition, self_bleu, standard_error)
+from measures import (audit, check_featurizer, classifier_test, compression_ratio, copy_rate, distinct, featurizer,
+                      histogram_mauve, interval_of, jackknife, lengths, mauve_of, mmd_test, paired, precision_recall,
+                      reliability, repetition, self_bleu, standard_error, two_samples)
 
 TEXTS = ["Return the sum.", "A longer text: " + "its padding must reach no other text, " * 6, "x"]
 
@@ -137,6 +139,49 @@ def test_measures_equal_hand_values():
     assert error == pytest.approx(0.5 * 0.2 + 0.5 * 0.2 / 3)
 
 
+def test_precision_and_recall_of_a_hand_worked_line():
+    truth, generated = np.array([[0.0], [1], [2], [10]]), np.array([[0.5], [0.6], [0.7], [30]])
+    # radii to the 2nd neighbour: real 2, 1, 2, 9; generated 0.2, 0.1, 0.2, 29.4, which reaches all real ones but 0
+    assert precision_recall(truth, generated, k=2) == {"precision": 3 / 4, "recall": 3 / 4}
+    assert precision_recall(truth, truth) == {"precision": 1, "recall": 1}
+
+
+def test_mmd_is_the_double_sum_and_its_p_value_counts_all_exchanges():
+    truth, generated = np.random.default_rng(0).normal([[[0.0]], [[1.0]]], size=(2, 6, 3))
+    both = np.vstack([truth, generated])
+    squares = ((both[:, None] - both) ** 2).sum(-1)
+    width = np.median(squares[~np.eye(12, dtype=bool)])
+
+    def mmd(x, y):
+        k = lambda a, b: np.exp(-((a - b) ** 2).sum() / width)  # noqa: E731
+        return np.mean([k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i])
+                        for i in range(6) for j in range(6) if i != j])
+
+    exchanges = [np.array([[n >> i & 1] for i in range(6)], dtype=bool) for n in range(64)]
+    values = [mmd(np.where(one, generated, truth), np.where(one, truth, generated)) for one in exchanges]
+    found = mmd_test(truth, generated, num_permutations=20_000)
+    assert found["mmd"] == pytest.approx(mmd(truth, generated))
+    assert found["mmd_p"] == pytest.approx(np.mean(np.array(values) >= values[0] - 1e-12), abs=0.01)
+
+
+def test_p_values_are_uniform_where_nothing_differs_and_small_where_something_does():
+    from scipy.stats import kstest
+    rng = np.random.default_rng(0)
+    same = [two_samples(*rng.normal(1, size=(2, 100, 8))) for _ in range(200)]
+    shifted = rng.normal(size=(2, 100, 8)) + [[[0]], [[0.6]]]
+    for name in ("mmd_p", "classifier_p"):
+        assert kstest([found[name] for found in same], "uniform").pvalue > 0.001, name
+        assert two_samples(*shifted)[name] < 0.01, name
+    assert classifier_test(np.ones((40, 2)), np.ones((40, 2))) == dict(classifier=0.5, classifier_p=pytest.approx(0.5))
+    assert classifier_test(*shifted)["classifier"] > 0.8
+
+
+def test_repetitive_texts_compress_better():
+    data = "\n".join(TEXTS).encode()
+    assert compression_ratio(TEXTS) == pytest.approx(len(data) / len(gzip.compress(data)))
+    assert compression_ratio(TEXTS * 9) > 2 * compression_ratio(TEXTS) and compression_ratio([""]) is None
+
+
 @pytest.mark.parametrize("name, plant", [
     ("length", lambda ids, text: (ids[:17], text[:17])),
     ("first 3 tokens", lambda ids, text: ([ids[0], 99, *ids[2:]], text)),
@@ -148,5 +193,6 @@ def test_the_audit_finds_a_planted_shortcut_and_no_other(name, plant):
     texts = [(ids, "".join(chr(97 + i) for i in ids)) for ids in rows]
     found = audit(texts[:200], [plant(*text) for text in texts[200:]])
     assert found.pop(f"audit: {name}") > 0.9
+    assert 0.5 < found.pop("audit: chance") < 0.5 + 4 * 0.5 / 200 ** 0.5  # both texts of a prefix change sides
     for other in {"audit: length", "audit: first 3 tokens", "audit: last 3 tokens"} & found.keys():
         assert abs(found[other] - 0.5) < 4 * 0.5 / 400 ** 0.5, other  # the aspects left out may see a plant as well

@@ -10,8 +10,8 @@ import checkpoint
 import reward
 from conftest import ROOT, lines, run_script, same_run, shared
 
-METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl entropy logp_gap d_loss d_acc_real
-    d_acc_generated g_grad_norm d_grad_norm g_lr d_lr think_closed num_think num_completion distinct_2 coherence skipped
+METRICS = """step reward p_real length_score baseline advantage_sd g_loss kl entropy logp_gap gap_kl sampler_corr d_loss
+    d_acc_real d_acc_generated g_grad_norm d_grad_norm g_lr d_lr think_closed num_think num_completion distinct_2 coherence skipped
     seconds sample_seconds update_seconds tokens_per_second memory_gb""".split()
 ROLLOUT = "step prefix sep truth think completion reward p_real length_score n_think n_completion think_closed".split()
 
@@ -40,9 +40,10 @@ def test_the_metrics_mean_what_they_say(finished):
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[0]["baseline"] == metrics[0]["reward"]
     assert metrics[2]["kl"] > 0 and [row["g_lr"] for row in metrics] == pytest.approx([2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
     for row in metrics:
-        assert row["logp_gap"] < 1e-4 and row["skipped"] == 0 and 0 <= row["p_real"] <= 1
+        assert 0.7 * row["logp_gap"] <= row["gap_kl"] ** 0.5 < 1e-4 and row["skipped"] == 0 and 0 <= row["p_real"] <= 1
         assert row["num_completion"] <= 12 and row["num_think"] <= 4 and 0 < row["distinct_2"] <= 1
         assert row["g_grad_norm"] > 0 and row["d_grad_norm"] > 0
+    assert metrics[0]["sampler_corr"] is None and min(row["sampler_corr"] for row in metrics[1:]) > 0.999
     assert sum(row["reward"] for row in rollouts[:4]) / 4 == pytest.approx(metrics[0]["reward"], rel=1e-4)
 
 

@@ -57,6 +57,7 @@ def page(run, samples_per_step=8):
         "scores": [{"label": label + run.unfinished(), "value": result[name], "sd": result.get(f"{name}_sd"),
                     "interval": result.get(f"{name}_interval")}
                    for name, label in SCORES.items() if result.get(name) is not None],
+        "texts": run.mauve.get("texts") or {},
         "steps": samples_by_step(run, samples_per_step),
         "num_steps": len({r["step"] for r in run.rollouts}),
         "num_samples": len(run.rollouts),

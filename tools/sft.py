@@ -92,10 +92,10 @@ from sampler import Sampler
 
 def reply_lesson(writer, prefix, think, truth, num_trained):
     """Prompt, thinking (ids), its closing, and the truth; num_trained: ids of thinking and closing that are trained."""
-    prompt, close = writer.prompt_ids(prefix), writer.rules.close.tolist()
-    truth = writer.encode(truth)[0][:writer.args.completion_tokens]
-    part = [TRACE] * num_trained + [NONE] * (len(think + close) - num_trained) + [TRUTH] * len(truth)
-    return prompt + think + close + truth, [NONE] * len(prompt) + part
+    before, truth = writer.truth_ids(prefix, think, truth)
+    num_reply = len(think) + len(writer.rules.close)
+    part = [TRACE] * num_trained + [NONE] * (num_reply - num_trained) + [TRUTH] * len(truth)
+    return before + truth, [NONE] * (len(before) - num_reply) + part
 
 
 def trace_lesson(writer, trace):
