@@ -114,7 +114,9 @@ def test_changes_are_rounded_once_and_what_rounding_loses_is_printed(tiny_folder
     assert all(torch.equal(merged[key], (base[key].float() + wanted[key]).bfloat16()) for key in wanted)
     written = torch.cat([(merged[key].double() - base[key].double()).flatten() for key in wanted])
     cosine = torch.cosine_similarity(written, torch.cat([x.flatten().double() for x in wanted.values()]), dim=0)
-    assert 0.1 < cosine < 0.9 and f"rounded to bf16, the change has a cosine of {cosine:.3f}" in capsys.readouterr().out
+    share, printed = written.count_nonzero() / written.numel(), capsys.readouterr().out
+    assert 0.1 < cosine < 0.9 and f"the change has a cosine of {cosine:.3f}" in printed
+    assert 0 < share < 1 and f"rounded to bf16, {share:.0%} of the changed weights still differ" in printed
 
 
 def test_a_quantised_run_gets_a_note_and_the_card_is_whole_without_private_folders(runs, tmp_path, capsys):

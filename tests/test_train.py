@@ -51,12 +51,14 @@ def test_the_metrics_mean_what_they_say(finished):
     "--adapters shared --micro_batch 1 --kl_coef 0 --reasoning_tokens 0 --dtype bf16",
     "--quant nf4 --micro_batch 2 --d_loss pair --d_pool last --g_reward prob",
     "--disc reason --adapters shared --d_think_tokens 0 --g_reward prob --micro_batch 3 --d_shuffle",
-    "--disc reason --d_model demo-small --d_kl_coef 0 --no-merge", "--prompt plain --reasoning_tokens 0 --optim adam8bit --grad_ckpt"])
+    "--disc reason --d_model demo-small --d_kl_coef 0 --no-merge",
+    "--prompt plain --reasoning_tokens 0 --optim adam8bit --grad_ckpt --model demo-small"])
 def test_every_way_to_train_trains(flags, train, tmp_path):
     ended = train(*flags.split(), "--floor_sequences", 0)
     assert ended.status == 0, ended.err
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
     assert len(metrics) == 3 and all(row["skipped"] == 0 and row["g_grad_norm"] > 0 for row in metrics)
+    assert ("--g_lr 0.002 was found for demo; docs" in ended.out) == ("--model" in flags)
     if "plain" in flags:
         assert metrics[0]["num_think"] == 0 and json.loads((tmp_path / "run" / "args.json").read_text())[
             "args"]["prompt"] == "{text}"

@@ -59,6 +59,7 @@ def check(args):
         raise UserError(f"--batch_size {args.batch_size}: must be even, as GRPO compares two samples of each prompt")
     if args.json and (os.path.isdir(args.json) or not os.access(pathlib.Path(args.json).parent, os.W_OK)):
         raise UserError(f"--json {args.json} cannot be written; name a file in a folder that can")
+    args.merge = args.dtype == "fp32" if args.merge is None else args.merge
     args.prefix_tokens = min(args.prompt_tokens, args.completion_tokens)  # what the discriminator reads of a prompt
     return args
 
@@ -248,9 +249,9 @@ def decode(args, device):
 
     calls = {"rollout": lambda: game.sample(game.sampler), "generate()": generate,
              "floor": lambda: [target.copy_(source) for _ in range(tokens)]}
-    if args.merge and args.quant == "none":
-        beside = Sampler(game.model, merge=False)
-        calls["rollout, not merged"] = lambda: game.sample(beside)
+    if args.quant == "none":
+        other = Sampler(game.model, merge=not args.merge)
+        calls["rollout, not merged" if args.merge else "rollout, merged"] = lambda: game.sample(other)
     return compare(calls, args.repeats, device, 1e3 / tokens, "ms a token")
 
 

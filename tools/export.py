@@ -154,7 +154,8 @@ def load(sources, dtype):
 
 def save_merged(args, folder):
     """Write the base with the adapters merged into it. Returns a line on what rounding leaves of the change."""
-    sources, settings, change2, written2, product = args.sources, args.sources[0].run.args, 0.0, 0.0, 0.0
+    sources, settings = args.sources, args.sources[0].run.args
+    change2, written2, product, num_changes, num_written = 0.0, 0.0, 0.0, 0, 0
     dtype = args.dtype or settings.dtype
     model, tokenizer = load(sources, dtype)
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
@@ -167,6 +168,8 @@ def save_merged(args, folder):
         change2 += change.norm().item() ** 2
         written2 += written.norm().item() ** 2
         product += (written * change).sum().item()
+        num_changes += change.count_nonzero().item()
+        num_written += written.count_nonzero().item()
         weight.data = merged
     model = model.unload()
     rule, t = rules(tokenizer, model), settings.temperature
@@ -176,7 +179,8 @@ def save_merged(args, folder):
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     cosine = product / math.sqrt(change2 * written2) if written2 else 0.0
-    return f"rounded to {dtype}, the change has a cosine of {cosine:.3f} with the exact one (1: no loss)"
+    return (f"rounded to {dtype}, {num_written / max(num_changes, 1):.0%} of the changed weights still differ from the "
+            f"base's; the change has a cosine of {cosine:.3f} with the exact one (1: no loss)")
 
 
 def save_sum(args, folder):

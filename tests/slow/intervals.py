@@ -1,5 +1,5 @@
 """
-Coverage of MAUVE's 95 % intervals, and verdicts of comparisons, by simulation with texts of the demo's base model.
+Coverage of MAUVE's 95 % intervals, verdicts of comparisons, and p-values, by simulation with texts of the demo's base.
 
     python tests/slow/intervals.py              # about an hour on one core; prints the tables of docs/intervals.md
     python tests/slow/intervals.py DIR          # keep the pool and the draws in DIR, and use what is there
@@ -7,7 +7,7 @@ Coverage of MAUVE's 95 % intervals, and verdicts of comparisons, by simulation w
 1. The pool has 4000 prefixes of the demo corpus, each with its truth, two completions by the base model, and two other
    real texts. A set takes a completion for a share of the prefixes, and another real text for the rest.
 2. A draw takes n prefixes of the pool with replacement, so that the pool is the population, and makes all sets anew.
-3. An interval must cover the mean over all draws.
+3. An interval must cover the mean over all draws. p-values must be uniform where two sets are halves of real text.
 
 Letters: P prefixes in the pool, R draws, J sets, S k-means seeds, n or N texts, H features.
 """
@@ -20,11 +20,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import numpy as np
 import torch
+from scipy.stats import kstest
 from tqdm import tqdm
 
 import train
 from data import plain_encoder, prompt_template, windows
-from measures import clusters, difference, featurizer, interval_of, jackknife
+from measures import clusters, difference, featurizer, interval_of, jackknife, two_samples
 from model import load_model
 from rollout import Writer
 from sampler import Sampler
@@ -79,6 +80,19 @@ def coverage(values, intervals):
     return mean, np.std(values), np.mean(high - low) / 2, np.mean((low < mean) & (mean < high))
 
 
+def p_values(pool, n, draws=200):
+    """p-values (R, 2) of both tests, for halves of 2n real texts, and for n completions against their truths."""
+    real, found = np.vstack([pool["truth"], pool["real 1"], pool["real 2"]]), ([], [])
+    for r in range(draws):
+        rng = np.random.default_rng([n, r])
+        rows = rng.choice(len(real), 2 * n, replace=False)  # (2 n,)
+        places = rng.choice(P, n, replace=False)  # (n,)
+        pairs = (real[rows[:n]], real[rows[n:]]), (pool["truth"][places], pool["base 1"][places])
+        for kept, pair in zip(found, pairs):
+            kept.append([two_samples(*pair)[name] for name in ("mmd_p", "classifier_p")])
+    return map(np.array, found)
+
+
 def heading(*names):
     print("", "| " + " | ".join(names) + " |", "|---" * len(names) + "|", sep="\n")
 
@@ -107,4 +121,10 @@ if __name__ == "__main__":
             clear = np.mean([pair["verdict"] != "no clear difference" for pair in pairs])
             print(f"| {n} | {one:.3f}, {other:.3f} | {mean:+.3f} | {sd:.3f} | {half / 1.96:.3f} | {covered:.1%} | "
                   f"{clear:.1%} |")
+    heading("texts", "test", "halves of real text: distance from uniform, its p", "below 0.05", "base: largest p")
+    for n in SIZES:
+        same, apart = p_values(pool, n)
+        for i, name in enumerate(("MMD", "classifier")):
+            (distance, p), least = kstest(same[:, i], "uniform"), np.mean(same[:, i] < 0.05)
+            print(f"| {n} | {name} | {distance:.3f}, {p:.2f} | {least:.1%} | {apart[:, i].max():.3g} |")
     print(f"\n{(time.time() - started) / 60:.0f} minutes")
