@@ -31,7 +31,8 @@ DEMO = dict(
     save_every=10)
 SMALL = DEMO | dict(
     model="HuggingFaceTB/SmolLM2-135M-Instruct", data="pile", device="cuda", dtype="bf16", batch_size=16, micro_batch=8,
-    num_steps=100, d_warmup=4, g_lr=1e-3, d_lr=6e-4, featurizer="sentence-transformers/all-MiniLM-L6-v2")
+    num_steps=80, d_warmup=4, g_lr=5e-4, d_lr=3e-4, floor_sequences=960,
+    featurizer="sentence-transformers/all-MiniLM-L6-v2")
 PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)

@@ -79,7 +79,7 @@ def test_the_table_covers_every_flag_and_there_are_at_most_fifty():
 
 
 def test_help_reads_alone_and_shows_the_defaults_of_the_preset():
-    for words, lr in (["--preset", "demo"], "0.002"), (["--preset", "small"], "0.001"), ([], "3e-05"):
+    for words, lr in (["--preset", "demo"], "0.002"), (["--preset", "small"], "0.0005"), ([], "3e-05"):
         text = " ".join(flags(words).format_help().split())
         assert f"(default: {lr})" in text and "(default: None)" not in text and text.count("(default") > 45
     for action in flags([])._actions:
