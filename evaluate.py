@@ -29,7 +29,7 @@ LABELS = {"floor": "floor: the base model", "mauve": "result: the end of the run
           "ceiling": "ceiling: other real texts", "mauve_last2000": "last {num_last2000} (the write-up)",
           "fresh_floor": "floor, held-out prefixes", "fresh": "result, held-out prefixes",
           "fresh_ceiling": "ceiling, held-out texts"}
-NATS = "nats_base", "nats_base_thinking", "nats", "nats_thinking"  # of held-out truths, in fresh.jsonl
+NATS = "nats_base", "nats_base_thinking", "nats", "nats_thinking"  # keys of fresh.jsonl
 PAIRED = "{verdict}, {difference:+.3f}   95 % {interval[0]:+.3f} to {interval[1]:+.3f}, {num_sequences} pairs"
 FEW_PAIRS = f"{{difference:+.3f}}, no verdict: {{num_sequences}} pairs, and {MIN_TEXTS} are needed"
 
@@ -79,8 +79,9 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
                 "ceiling": ((truth, column(before, "truth")) if len(before) == n else
                             (truth[:half], truth[half:2 * half])),
                 "mauve_last2000": (column(window, "truth"), column(window, "completion")),
-                **{name: (column(fresh, "truth"), column(fresh, key)) for name, key in
-                   (("fresh_floor", "base_completion"), ("fresh", "completion"), ("fresh_ceiling", "other_truth"))}}
+                "fresh_floor": (column(fresh, "truth"), column(fresh, "base_completion")),
+                "fresh": (column(fresh, "truth"), column(fresh, "completion")),
+                "fresh_ceiling": (column(fresh, "truth"), column(fresh, "other_truth"))}
     compared = {name: texts for name, texts in compared.items() if texts[1]}
     featurize = featurizer(featurizer_name, model, tokenizer, device)
     scores = {name: mauve_of(*map(featurize, texts), [LIBRARY_SEED] if name == "mauve_last2000" else range(seeds))
@@ -103,8 +104,10 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
     for name, pair in (("truth", "ceiling"), ("floor", "floor"), ("result", "mauve")):
         if name in texts:
             texts[name] |= two_samples(*map(featurize, compared[pair]))
-    if fresh:
-        result["fresh_nats"] = nats(fresh)
+    if fresh and all(row.get(key) is not None for row in fresh for key in NATS):
+        result["fresh_nats"] = found = nats(fresh)
+        for name, key in (("floor", "nats_base"), ("result", "nats")):
+            texts.get(name, {}).update(truth_nats=found[key], truth_nats_thinking=found[f"{key}_thinking"])
     report = result | dict(ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, texts=texts,
                            curve=over_the_run(run.rollouts, curve, seeds, featurize))
     if curve:
@@ -121,12 +124,13 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
 
 
 def nats(fresh):
-    """Mean nats a token of held-out truths, before and after training, without a thought and after the model's own; and
-    the last of these minus the base's, with its 95 % interval.
+    """Means over held-out texts of the nats a token of each truth, for base and trained model, without a thought and
+    after one of the model's own. `change`: trained minus base, after a thought; with its 95 % interval, by Student's t.
     """
-    means = {key: statistics.fmean(column(fresh, key)) for key in NATS}
+    from scipy.stats import t
+    means, n = {key: statistics.fmean(column(fresh, key)) for key in NATS}, len(fresh)
     change = [row["nats_thinking"] - row["nats_base_thinking"] for row in fresh]
-    mean, half = statistics.fmean(change), 1.96 * statistics.stdev(change) / len(change) ** 0.5
+    mean, half = statistics.fmean(change), float(t.ppf(0.975, n - 1)) * statistics.stdev(change) / n ** 0.5
     return means | {"change": mean, "interval": [mean - half, mean + half]}
 
 
@@ -199,10 +203,9 @@ def print_report(run, report):
         print(f"  empty: {', '.join(f'{count} of {name}' for name, count in report['num_empty'].items() if count)}")
     if report["kl"] is not None:
         print(f"  KL to the base              {report['kl']:.3f} nats a token")
-    if "fresh_nats" in report:
-        print("  held-out truths             {nats_base:.3f} to {nats:.3f} nats a token; after a thought "
-              "{nats_base_thinking:.3f} to {nats_thinking:.3f}, {change:+.3f}   95 % {interval[0]:+.3f} to "
-              "{interval[1]:+.3f}".format(**report["fresh_nats"]))
+    if found := report.get("fresh_nats"):
+        print("  nats of held-out truths     {nats_base_thinking:.3f} to {nats_thinking:.3f} a token, {change:+.3f}   95 % "
+              "{interval[0]:+.3f} to {interval[1]:+.3f}".format(**found))
     print("\n" + " " * 30 + "".join(f"{name:>10s}" for name in report["texts"]))
     for key in dict.fromkeys(key for found in report["texts"].values() for key in found):
         cells = (found.get(key) for found in report["texts"].values())
@@ -214,8 +217,8 @@ def print_report(run, report):
 
 
 def sample_fresh(run, num_sequences, generator):
-    """Write fresh.jsonl: samples on held-out prefixes, by the trained model and by the base; how probable each finds
-    the truth; and the truth of another held-out document.
+    """Write fresh.jsonl: samples on held-out prefixes, by the trained model and by the base; the truth's nats a token
+    under both; and the truth of another held-out document.
     """
     from tqdm import tqdm
     from data import plain_encoder, windows
@@ -235,10 +238,11 @@ def sample_fresh(run, num_sequences, generator):
         batch = [stream[place] for place in range(first, min(first + 32, num))]
         samples, base = (writer.write(batch, adapter, "fresh", first) for adapter in (generator.adapter, None))
         rows = writer.records([run.rollouts[-1]["step"]] * len(batch), batch, samples)
+        nothing = [[]] * len(batch)
         generator.activate()
         with without_adapters(generator.model):
-            found = [truth_nats(generator.model, writer, batch, thoughts) for thoughts in (None, base.roll.think)]
-        found += [truth_nats(generator.model, writer, batch, thoughts) for thoughts in (None, samples.roll.think)]
+            found = [truth_nats(generator.model, writer, batch, think) for think in (nothing, base.roll.think)]
+        found += [truth_nats(generator.model, writer, batch, think) for think in (nothing, samples.roll.think)]
         records += [row | dict(base_completion=text) | dict(zip(NATS, values))
                     for row, text, *values in zip(rows, base.texts, *found)]
     for place, record in enumerate(records, num):
@@ -247,14 +251,14 @@ def sample_fresh(run, num_sequences, generator):
 
 
 def truth_nats(model, writer, windows, thoughts):
-    """Mean nats a token of each window's truth, as the completion after a thought (ids; None: after none): B numbers.
+    """Mean nats a token of each window's truth, as the completion after a thought (B lists of ids): B numbers. They are
+    those of the policy: at the run's temperature, without the forbidden ids.
     """
     import torch
     from model import micro_batches, pad, token_stats
     from rollout import COMPLETION
-    rows, found = [writer.truth_ids(window.prefix, think, window.truth) for window, think in
-                   zip(windows, thoughts or [[]] * len(windows))], []
-    for part in micro_batches(rows, writer.args.micro_batch):
+    rows, found = [writer.truth_ids(*pair) for pair in zip(windows, thoughts)], []
+    for part in micro_batches(rows, writer.args.micro_batch or writer.args.batch_size):
         ids = pad([before + truth for before, truth in part], writer.rules.pad, model.device)  # (b, T)
         marks = pad([[False] * len(before) + [True] * len(truth) for before, truth in part], False, model.device,
                     torch.bool)  # (b, T)

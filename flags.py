@@ -126,7 +126,7 @@ KNOWN = {
     "mauve": "curve:curve? texts:object?", "point": "step:count mauve:number interval:interval?",
 }
 KNOWN |= {"floor": KNOWN["rollouts"], "fresh": KNOWN["rollouts"] + " other_truth:words base_completion:text" + "".join(
-    f" {key}:number" for key in ("nats", "nats_thinking", "nats_base", "nats_base_thinking"))}
+    f" {key}:number?" for key in ("nats", "nats_thinking", "nats_base", "nats_base_thinking"))}
 KINDS = {
     "text": lambda x: isinstance(x, str) and not re.search("[\ud800-\udfff]", x),
     "words": lambda x: KINDS["text"](x) and x != "",
@@ -336,6 +336,7 @@ def check(args, given=()):
     for wrong, message in (
         (args.num_steps * args.batch_size < 4 and args.seeds,
          f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences"),
+        (0 < args.floor_sequences < 4, f"--floor_sequences {args.floor_sequences}: must be 0, or 4 and more"),
         (args.g_reward == "azr" and not reason, "--g_reward azr needs --disc reason; or choose prob or neglog"),
         (args.g_reward == "neglog" and reason, "--g_reward neglog needs --disc head; with reason, choose azr or prob"),
         (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool"}),

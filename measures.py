@@ -6,7 +6,7 @@ package mauve-text gives. What differs from it:
 1. It has a standard error, by leaving out one text at a time, and a 95 % interval for MAUVE at this number of texts.
 2. Two sets of texts for the same prefixes are compared: the difference of their scores, its interval and a verdict.
 3. Any model can make the features, in batches; for gpt2 and bert names they equal the package's.
-4. An empty text is a row of zeros, far from all others. The package drops it, so a silent model would score high.
+4. An empty text is a row of zeros, apart from all others. The package drops it, so a silent model would score high.
 
 Letters: B or N texts, T tokens, H features, D principal ones, S seeds, K clusters, W mixture weights, P permutations.
 """
@@ -126,28 +126,35 @@ def histogram_mauve(p, q, c=5.0, num_points=25):
 # what one number hides: quality apart from diversity, and whether a difference is more than chance
 
 def two_samples(truth, generated):
-    """Precision, recall and two tests of two feature matrices (N, H) whose i-th rows belong to one prefix: a dict."""
+    """Precision, recall and two tests of feature matrices (N, H), as a dict; of at most 2,000 texts, because they need
+    (2 N, 2 N) matrices. The i-th rows belong to one prefix, or the texts are independent.
+    """
     from sklearn.preprocessing import normalize
-    truth, generated = normalize(truth), normalize(generated)  # (N, H) each, as MAUVE sees them
-    return precision_recall(truth, generated) | mmd_test(truth, generated) | classifier_test(truth, generated)
+    from threadpoolctl import threadpool_limits
+    truth, generated = normalize(truth[:2000]), normalize(generated[:2000])  # (N, H) each, as MAUVE sees them
+    with threadpool_limits(1):  # as in `clusters`
+        return precision_recall(truth, generated) | mmd_test(truth, generated) | classifier_test(truth, generated)
 
 
 def precision_recall(truth, generated, k=3):
-    """Precision: share of generated texts that lie near a real one, nearer than its k-th neighbour among the real ones.
-    Recall: the same with the sides exchanged (Kynkaanniemi et al. 2019, arXiv 1904.06991; for texts arXiv 2402.10693).
+    """Precision: share of generated texts no farther from some real text than that text's k-th real neighbour. Recall:
+    the same with the sides exchanged (Kynkaanniemi et al. 2019, arXiv 1904.06991; for texts arXiv 2402.10693). An empty
+    text, a row of zeros, is near none.
     """
     from scipy.spatial.distance import cdist
 
     def share(texts, known):
         radius = np.sort(cdist(known, known))[:, min(k, len(known) - 1)]  # (N,); the nearest is the text itself
-        return float((cdist(texts, known) <= radius).any(1).mean())
+        near = (cdist(texts, known) <= radius) & known.any(1) & texts.any(1)[:, None]  # (N, N)
+        return float(near.any(1).mean())
 
     return {"precision": share(generated, truth), "recall": share(truth, generated)}
 
 
 def mmd_test(truth, generated, num_permutations=999):
-    """mmd: squared maximum mean discrepancy, unbiased (Gretton et al. 2012), with a Gaussian kernel whose width is the
-    median distance; mmd_p: share of permutations, each exchanging the two texts of random prefixes, that reach it.
+    """mmd: squared maximum mean discrepancy, unbiased (Gretton et al. 2012), with the kernel exp(-d^2 / m) of distances
+    d, where m is the median of d^2. mmd_p: share that reaches it among the data and permutations of them, which exchange the two
+    texts of random prefixes; at least 1 / (num_permutations + 1).
     """
     from scipy.spatial.distance import cdist
     N, both = len(truth), np.vstack([truth, generated])  # (2 N, H)
@@ -163,7 +170,8 @@ def mmd_test(truth, generated, num_permutations=999):
 
 def classifier_test(truth, generated):
     """A logistic regression on the texts of half the prefixes (Lopez-Paz and Oquab 2017, arXiv 1610.06545).
-    classifier: share of the other prefixes whose real text it finds; classifier_p: by Wilcoxon's signed-rank test.
+    classifier: share of the other prefixes whose real text it finds. classifier_p: by Wilcoxon's signed-rank test of
+    its margins there, real minus generated, against "not above 0".
     """
     from scipy.stats import wilcoxon
     from sklearn import linear_model, pipeline, preprocessing
@@ -290,7 +298,7 @@ def policy_metrics(stats, roll, with_kl):
     """Metrics of the sampled tokens (model.TokenStats); what needs the KL's pass is null without it.
 
     gap_kl: KL between sampler and learner, estimated as half the mean squared difference of their log-probs.
-    sampler_corr: correlation of the sampler's and the learner's change from the base.
+    sampler_corr: correlation of the sampler's and the learner's log-probs, each minus the learner's of the base.
     """
     import torch
     completion, gap = ~roll.thinking[roll.sampled], roll.logps[roll.sampled] - stats.logp  # (N,) each
@@ -344,22 +352,26 @@ def audit(real, generated, num_folds=5, num_permutations=19):
     real, generated: lists of (ids, text), as the discriminator reads them, the i-th of both for the same prefix.
     Logistic regression on ids, a tree of depth 3 on sizes; cross-validated, with both texts of a prefix in one fold.
     Returns a dict from "audit: " and the aspect to the accuracy. "audit: chance" is the highest accuracy of any aspect
-    where the texts of random prefixes are exchanged; with 19 such permutations an accuracy above it has p = 0.05.
+    in 19 permutations, which exchange the two texts of random prefixes: only in 5 % of all cases would an aspect exceed
+    it by chance.
     """
     from sklearn import feature_extraction, linear_model, model_selection as ms, tree
+    from threadpoolctl import threadpool_limits
     N, rng, folds, chance, found = len(real), np.random.default_rng(0), ms.GroupKFold(num_folds), 0.0, {}
     groups, swaps = np.tile(np.arange(N), 2), rng.random((num_permutations, N)) < 0.5  # (2 N,), (P, N)
     for aspect, features in SHORTCUTS.items():
         rows, of_ids = [features(ids, text) for ids, text in [*real, *generated]], "3 tokens" in aspect
         rows = feature_extraction.DictVectorizer(sparse=of_ids).fit_transform(rows)  # (2 N, features)
-        model = linear_model.LogisticRegression(max_iter=1000) if of_ids else tree.DecisionTreeClassifier(max_depth=3)
+        model = (linear_model.LogisticRegression(max_iter=1000) if of_ids else
+                 tree.DecisionTreeClassifier(max_depth=3, random_state=0))
 
         def accuracy(swapped):
             labels = np.concatenate([~swapped, swapped])  # (2 N,)
             return float((ms.cross_val_predict(model, rows, labels, groups=groups, cv=folds) == labels).mean())
 
-        found[f"audit: {aspect}"] = accuracy(np.zeros(N, dtype=bool))
-        chance = max(chance, *map(accuracy, swaps))
+        with threadpool_limits(1):  # as in `clusters`
+            found[f"audit: {aspect}"] = accuracy(np.zeros(N, dtype=bool))
+            chance = max(chance, *map(accuracy, swaps))
     return found | {"audit: chance": chance}
 
 

@@ -199,10 +199,13 @@ class Writer:
     def prompt_ids(self, prefix):
         return prompt_ids(self.tokenizer, self.encode, self.args.prompt, prefix)
 
-    def truth_ids(self, prefix, think, truth):
-        """Ids of prompt, thinking (ids) and its closing; and ids of a truth, as a completion would have them."""
-        before = self.prompt_ids(prefix) + think + self.rules.close.tolist()
-        return before, self.encode(truth)[0][:self.args.completion_tokens]
+    def truth_ids(self, window, think):
+        """Two lists of ids: prompt, thinking (ids) and its closing; and the truth, cut to the completion's budget. With
+        --prompt plain the white space at the cut belongs to the truth.
+        """
+        before = self.prompt_ids(window.prefix) + think + self.rules.close.tolist()
+        goes_on = self.args.prompt.endswith("{text}") and not len(self.rules.close)
+        return before, self.encode(window.sep * goes_on + window.truth)[0][:self.args.completion_tokens]
 
     def decode(self, ids):
         """Text of ids; a character that is cut in two at the end is left out."""

@@ -14,6 +14,7 @@ What differs from textbook REINFORCE and textbook GANs:
 4. The discriminator reads both texts tokenised alike and cut to the same number of tokens.
 
 $ python train.py --preset demo                         # embedded model and corpus, no GPU, six minutes
+$ python train.py --preset small                        # SmolLM2-135M on the Pile, any GPU, or --device cpu
 $ python train.py                                       # Qwen3-8B on the Pile, one GPU of 80 GB
 $ python train.py --quant nf4 --micro_batch 1           # the same on 24 GB
 $ python train.py --data my.jsonl --model some/folder   # your texts, your model
@@ -31,7 +32,7 @@ DEMO = dict(
     save_every=10)
 SMALL = DEMO | dict(
     model="HuggingFaceTB/SmolLM2-135M-Instruct", data="pile", device="cuda", dtype="bf16", batch_size=16, micro_batch=8,
-    num_steps=80, d_warmup=4, g_lr=5e-4, d_lr=3e-4, floor_sequences=960,
+    num_steps=80, d_warmup=4, g_lr=5e-4, d_lr=3e-4, floor_sequences=640,
     featurizer="sentence-transformers/all-MiniLM-L6-v2")
 PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
 REASON = dict(g_reward="azr")  # defaults of --disc reason
@@ -43,7 +44,8 @@ def flags(words=None):
     """The flags, one a line. The defaults are the write-up's run 05."""
     parser = Parser(__doc__, words)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="writeup", help="set of defaults: 8 billion, 4 or 135 million weights")
+    add("--preset", choices=[*PRESETS], default="writeup",
+        help="set of defaults: writeup (8 billion weights), demo (4 million) or small (135 million)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM, or the embedded demo, demo-small")
     add("--quant", type=short, choices=["none", "nf4", "int8"], default="none", help="quantise the base (bitsandbytes)")
@@ -138,7 +140,7 @@ if __name__ == "__main__":
     from discriminator import make_judge
     from evaluate import evaluate
     from measures import batch_metrics, check_featurizer, policy_metrics
-    from model import TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
+    from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
     from plot import plot_runs
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, probe, sampled_stats
@@ -156,9 +158,9 @@ if __name__ == "__main__":
     args.prompt = prompt_template(args.prompt, tokenizer)
     stream = windows(args, plain_encoder(tokenizer))
     args.data_revision = stream.revision  # a run can be resumed only on the data that it began with
-    usual = flags(["--preset", args.preset]).parse_args()
-    note = f"--g_lr {args.g_lr:g} was found for {usual.model}; docs/results.md has rates for other sizes"
-    notes = prompt_notes(args.prompt, tokenizer, R) + [note] * (args.model != usual.model and args.g_lr == usual.g_lr)
+    notes, usual = prompt_notes(args.prompt, tokenizer, R), flags(["--preset", args.preset]).get_default
+    if located(args.model)[0] != located(usual("model"))[0] and args.g_lr == usual("g_lr"):
+        notes.append(f"--g_lr {args.g_lr:g} was found for {usual('model')}; docs/results.md has rates for other sizes")
     print("\n".join([stream.summary(), *notes]), flush=True)
 
     torch.manual_seed(args.seed)
@@ -271,7 +273,7 @@ if __name__ == "__main__":
                     files[name].write(json_lines(lines))
             tracker.log(step, row | d_metrics, records[:8])
         kl, gap = row.get("kl") or 0, row.get("gap_kl", 0)
-        doubt = f" (sampler's gap {gap:.4f})" if gap > kl > 0 else ""
+        doubt = f", below the sampler's own error of {gap:.4f}" if gap > kl > 0 else ""
         name = f"step {step}/{args.num_steps}" if step >= 0 else f"warm-up {step + args.d_warmup + 1}/{args.d_warmup}"
         left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
         print(f"{name} | reward {row['reward']:.3f} | p_real {row['p_real']:.2f} | length {row['length_score']:.2f} | "

@@ -105,6 +105,15 @@ def test_fresh_takes_half_of_the_held_out_documents_and_stays_until_the_run_goes
     for key, mean in first["fresh_nats"].items():
         if key.startswith("nats"):
             assert 2 < mean == pytest.approx(statistics.fmean(row[key] for row in rows)), key
+    args = Run(run).args
+    args.prompt = prompt_template(args.prompt, demo[1])
+    writer, windows = Writer(Sampler(demo[0]), demo[1], args), [Window(r["prefix"], r["sep"], r["truth"]) for r in rows]
+    assert [row["nats_base"] for row in rows] == pytest.approx(truth_nats(demo[0], writer, windows, [[]] * 5), rel=1e-4)
+    base = writer.write(windows, None, "fresh", 0)  # the base alone, adapters never loaded
+    assert [row["base_completion"] for row in rows] == base.texts != [row["completion"] for row in rows]
+    assert [row["nats_base_thinking"] for row in rows] == pytest.approx(
+        truth_nats(demo[0], writer, windows, base.roll.think), rel=1e-4)
+    assert all(row["nats"] != row["nats_base"] for row in rows)
     low, high = first["fresh_nats"]["interval"]
     change = [row["nats_thinking"] - row["nats_base_thinking"] for row in rows]
     assert first["fresh_nats"]["change"] == pytest.approx(statistics.fmean(change)) and low < high
@@ -130,7 +139,9 @@ def test_nats_of_the_truth_are_those_of_the_whole_sequence_after_prompt_and_thou
             logits = logits.masked_fill(writer.rules.blocked[1], -torch.inf)
             logp = logits.log_softmax(-1).gather(1, torch.tensor(truth)[:, None])  # (n, 1)
             assert found == pytest.approx(-logp.mean().item(), rel=1e-4)
-    assert truth_nats(model, writer, batch, None) == truth_nats(model, writer, batch, [[], []])
+    args.prompt, args.reasoning_tokens = "{text}", 0
+    before, truth = Writer(Sampler(model), tokenizer, args).truth_ids(batch[1], [])
+    assert tokenizer.decode(truth) == " all parts." and before == writer.encode("The sum of")[0]  # one text goes on
 
 
 @pytest.mark.parametrize("name, way", [("floor", "sample it anew with: python train.py --resume"), ("rollouts", "")])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import checkpoint
 import reward
 from conftest import run_script, same_run
-from data import bos_ids, prompt_template
+from data import Window, bos_ids, prompt_template
 from flags import Run
 from rollout import COMPLETION, THINKING, Writer, rollout
 from sampler import Sampler
@@ -35,7 +35,7 @@ def test_a_lesson_is_what_the_sampler_leaves_and_trains_what_it_drew(tiny):
     roll = rollout(sampler, prompts, writer.rules, 6, 20, 1.0, [("lesson", i) for i in range(64)])
     for i in range(64):
         closed = bool(roll.think_closed[i])
-        trace = dict(prefix=prompts[i], think=roll.think[i], closed=closed, truth=roll.reply[i])
+        trace = dict(prefix=prompts[i], sep=[], think=roll.think[i], closed=closed, truth=roll.reply[i])
         ids, part = sft.trace_lesson(writer, trace)
         n = len(ids)  # without a stop id, which no truth has
         assert ids == roll.ids[i, :n].tolist() and roll.sampled[i, n:].sum() == (len(roll.reply[i]) < 20)
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_trained_tokens_alone(tiny):
     model.set_adapter("generator")
     trace = dict(prefix=[11, 12], sep=[13], truth=[14, 15, 16, 17], think=[18, 19, 20], closed=True)  # both are cut
     lessons = [sft.trace_lesson(writer, trace), sft.plain_lesson(writer, trace),
-               sft.reply_lesson(writer, [11, 12], [9, 8], [14, 15, 16, 17], num_trained=0)]
+               sft.reply_lesson(writer, Window([11, 12], [13], [14, 15, 16, 17]), [9, 8], num_trained=0)]
     close = writer.rules.close.tolist()
     assert lessons == [([11, 12, 18, 19, *close, 14, 15, 16], [NONE] * 2 + [TRACE] * 2 + [NONE] * 2 + [TRUTH] * 3),
                        ([*bos, 11, 12, 13, 14, 15, 16], [NONE] + [PLAIN] * (len(bos) + 5)),

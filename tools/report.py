@@ -17,7 +17,9 @@ from flags import Parser, Run, UserError, readable, write_whole
 from plot import THEMES, panels_of, plot_runs
 
 SCORES = {"floor": "floor: the base model", "mauve": "result: the last sequences",
-          "ceiling": "ceiling: other real texts", "mauve_last2000": "last 2000: the write-up's protocol"}
+          "ceiling": "ceiling: other real texts", "mauve_last2000": "last 2000: the write-up's protocol",
+          "fresh_floor": "floor: held-out prefixes", "fresh": "result: held-out prefixes",
+          "fresh_ceiling": "ceiling: held-out texts"}
 MEANS = "reward p_real length_score d_acc_real d_acc_generated kl coherence".split()  # shown with the samples of a step
 MOST_STEPS = 100  # a longer run shows this many of its steps, spread evenly
 
@@ -57,7 +59,7 @@ def page(run, samples_per_step=8):
         "scores": [{"label": label + run.unfinished(), "value": result[name], "sd": result.get(f"{name}_sd"),
                     "interval": result.get(f"{name}_interval")}
                    for name, label in SCORES.items() if result.get(name) is not None],
-        "texts": run.mauve.get("texts") or {},
+        "texts": {name: found for name, found in (run.mauve.get("texts") or {}).items() if isinstance(found, dict)},
         "steps": samples_by_step(run, samples_per_step),
         "num_steps": len({r["step"] for r in run.rollouts}),
         "num_samples": len(run.rollouts),

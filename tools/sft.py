@@ -90,9 +90,9 @@ from sampler import Sampler
 
 # lessons: (ids, the part that each id belongs to). b lessons, T tokens, N trained ones
 
-def reply_lesson(writer, prefix, think, truth, num_trained):
+def reply_lesson(writer, window, think, num_trained):
     """Prompt, thinking (ids), its closing, and the truth; num_trained: ids of thinking and closing that are trained."""
-    before, truth = writer.truth_ids(prefix, think, truth)
+    before, truth = writer.truth_ids(window, think)
     num_reply = len(think) + len(writer.rules.close)
     part = [TRACE] * num_trained + [NONE] * (num_reply - num_trained) + [TRUTH] * len(truth)
     return before + truth, [NONE] * (len(before) - num_reply) + part
@@ -103,7 +103,7 @@ def trace_lesson(writer, trace):
     budget = writer.args.reasoning_tokens
     think = writer.encode(trace["think"])[0][:budget]
     closed = trace["closed"] and writer.rules.think_end >= 0 and len(think) < budget
-    return reply_lesson(writer, trace["prefix"], think, trace["truth"], len(think) + closed)
+    return reply_lesson(writer, Window(trace["prefix"], trace["sep"], trace["truth"]), think, len(think) + closed)
 
 
 def plain_lesson(writer, trace):
@@ -204,7 +204,7 @@ if __name__ == "__main__":
             batch = windows[step * B:(step + 1) * B]
             samples = writer.write(batch, player.adapter, "rollout", step * B)
             files["rollouts"].write(json_lines(writer.records([step] * B, batch, samples)))
-            lessons = [reply_lesson(writer, window.prefix, think, window.truth, num_trained=0)
+            lessons = [reply_lesson(writer, window, think, num_trained=0)
                        for window, think in zip(batch, samples.roll.think)]
             num_positions = B * (args.reasoning_tokens + args.completion_tokens)
         else:
