@@ -204,8 +204,8 @@ def print_report(run, report):
     if report["kl"] is not None:
         print(f"  KL to the base              {report['kl']:.3f} nats a token")
     if found := report.get("fresh_nats"):
-        print("  nats of held-out truths     {nats_base_thinking:.3f} to {nats_thinking:.3f} a token, {change:+.3f}   95 % "
-              "{interval[0]:+.3f} to {interval[1]:+.3f}".format(**found))
+        print("  nats of held-out truths     {nats_base_thinking:.3f} to {nats_thinking:.3f} a token, {change:+.3f}   "
+              "95 % {interval[0]:+.3f} to {interval[1]:+.3f}".format(**found))
     print("\n" + " " * 30 + "".join(f"{name:>10s}" for name in report["texts"]))
     for key in dict.fromkeys(key for found in report["texts"].values() for key in found):
         cells = (found.get(key) for found in report["texts"].values())
