@@ -153,8 +153,8 @@ def precision_recall(truth, generated, k=3):
 
 def mmd_test(truth, generated, num_permutations=999):
     """mmd: squared maximum mean discrepancy, unbiased (Gretton et al. 2012), with the kernel exp(-d^2 / m) of distances
-    d, where m is the median of d^2. mmd_p: share that reaches it among the data and permutations of them, which exchange
-    the two texts of random prefixes; at least 1 / (num_permutations + 1).
+    d, where m is the median of d^2. mmd_p: share that reaches it among the data and permutations, which exchange the
+    two texts of random prefixes; at least 1 / (num_permutations + 1).
     """
     from scipy.spatial.distance import cdist
     N, both = len(truth), np.vstack([truth, generated])  # (2 N, H)
