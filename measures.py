@@ -138,17 +138,19 @@ def two_samples(truth, generated):
 
 def precision_recall(truth, generated, k=3):
     """Precision: share of generated texts no farther from some real text than that text's k-th real neighbour. Recall:
-    the same with the sides exchanged (Kynkaanniemi et al. 2019, arXiv 1904.06991; for texts arXiv 2402.10693). An empty
-    text, a row of zeros, is near none.
+    the same with the sides exchanged (Kynkaanniemi et al. 2019, arXiv 1904.06991; for texts arXiv 2402.10693). One odd
+    generated text is far from all others and so "reaches" most real ones; coverage, the share of real texts with a
+    generated one so near, is safe from that (Naeem et al. 2020, arXiv 2002.09797). An empty text is near none.
     """
     from scipy.spatial.distance import cdist
 
-    def share(texts, known):
+    def near(texts, known):  # (N, N)
         radius = np.sort(cdist(known, known))[:, min(k, len(known) - 1)]  # (N,); the nearest is the text itself
-        near = (cdist(texts, known) <= radius) & known.any(1) & texts.any(1)[:, None]  # (N, N)
-        return float(near.any(1).mean())
+        return (cdist(texts, known) <= radius) & known.any(1) & texts.any(1)[:, None]  # an empty text is a row of zeros
 
-    return {"precision": share(generated, truth), "recall": share(truth, generated)}
+    by_real, by_generated = near(generated, truth), near(truth, generated)
+    return {"precision": float(by_real.any(1).mean()), "recall": float(by_generated.any(1).mean()),
+            "coverage": float(by_real.any(0).mean())}
 
 
 def mmd_test(truth, generated, num_permutations=999):

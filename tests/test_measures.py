@@ -141,9 +141,9 @@ def test_measures_equal_hand_values():
 def test_precision_and_recall_of_a_hand_worked_line():
     truth, generated = np.array([[1.0], [2], [3], [11]]), np.array([[1.5], [1.6], [1.7], [8]])
     # radii to the 2nd neighbour: real 2, 1, 2, 9, and 8 is 3 from 11; generated 0.2, 0.1, 0.2, 6.4: 2, 3 and 11 are near
-    assert precision_recall(truth, generated, k=2) == {"precision": 1, "recall": 3 / 4}
+    assert precision_recall(truth, generated, k=2) == dict(precision=1, recall=3 / 4, coverage=1)
     empty = np.array([[0.0], [1.6], [40], [60]])  # its first row is that of an empty text, which is near none
-    assert precision_recall(truth, empty, k=2) == {"precision": 1 / 4, "recall": 1}
+    assert precision_recall(truth, empty, k=2) == dict(precision=1 / 4, recall=1, coverage=3 / 4)
     assert precision_recall(truth, truth) == {"precision": 1, "recall": 1}
 
 
