@@ -144,7 +144,7 @@ def test_precision_and_recall_of_a_hand_worked_line():
     assert precision_recall(truth, generated, k=2) == dict(precision=1, recall=3 / 4, coverage=1)
     empty = np.array([[0.0], [1.6], [40], [60]])  # its first row is that of an empty text, which is near none
     assert precision_recall(truth, empty, k=2) == dict(precision=1 / 4, recall=1, coverage=3 / 4)
-    assert precision_recall(truth, truth) == {"precision": 1, "recall": 1}
+    assert precision_recall(truth, truth) == dict(precision=1, recall=1, coverage=1)
 
 
 def test_mmd_is_the_double_sum_and_its_p_value_counts_all_exchanges():
