@@ -132,7 +132,7 @@ def two_samples(truth, generated):
     from sklearn.preprocessing import normalize
     from threadpoolctl import threadpool_limits
     truth, generated = normalize(truth[:2000]), normalize(generated[:2000])  # (N, H) each, as MAUVE sees them
-    with threadpool_limits(1):  # as in `clusters`
+    with threadpool_limits(1):  # see `clusters`
         return precision_recall(truth, generated) | mmd_test(truth, generated) | classifier_test(truth, generated)
 
 
@@ -371,7 +371,7 @@ def audit(real, generated, num_folds=5, num_permutations=19):
             labels = np.concatenate([~swapped, swapped])  # (2 N,)
             return float((ms.cross_val_predict(model, rows, labels, groups=groups, cv=folds) == labels).mean())
 
-        with threadpool_limits(1):  # as in `clusters`
+        with threadpool_limits(1):  # see `clusters`
             found[f"audit: {aspect}"] = accuracy(np.zeros(N, dtype=bool))
             chance = max(chance, *map(accuracy, swaps))
     return found | {"audit: chance": chance}

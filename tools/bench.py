@@ -34,7 +34,7 @@ from flags import UserError, check_values, write_whole
 SECTIONS = "decode step logps trl".split()
 SHAPE = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
          "tie_word_embeddings").split()
-RANDOM = {"qwen3-8b-random": (151936, 4096, 12288, 36, 32, 8, 128, False),  # as in Qwen/Qwen3-8B's config.json
+RANDOM = {"qwen3-8b-random": (151936, 4096, 12288, 36, 32, 8, 128, False),  # Qwen/Qwen3-8B's config.json
           "tiny-random": (400, 32, 48, 2, 2, 1, 16, True)}
 SMALL = dict(model="demo", device="cpu", dtype="fp32", adapters="separate", rank=16, alpha=4.0, batch_size=16,
              prompt_tokens=64, reasoning_tokens=0, completion_tokens=128)  # defaults for all but Qwen3-8B
@@ -291,7 +291,7 @@ def log_probs(head, ids):
             hidden, head.weight, targets, reduction="none", options=options)  # (N,)
     if HAS_TRL:
         from trl.kernels import ChunkedLogProbFunction
-        ways["TRL's chunked"] = lambda hidden: ChunkedLogProbFunction.apply(  # as GRPOTrainer calls it
+        ways["TRL's chunked"] = lambda hidden: ChunkedLogProbFunction.apply(  # GRPOTrainer's own call
             hidden, head.weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy"))[0]  # (N,)
     return ways
 
