@@ -69,11 +69,16 @@ def make_judge(args, player, sampler):
 
 
 def training_labels(args, shown, B, device, first):
-    """Labels (B, 2) to learn for real and generated text; with --d_shuffle a coin says whether a pair's are swapped."""
-    labels = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1)  # (B, 2)
-    for i in shown if args.d_shuffle else []:
-        if torch.rand((), generator=rng_for(args.seed, "shuffle", first + i)) < 0.5:
-            labels[i] = labels[i].flip(0)  # (2,)
+    """Labels (B, 2) to learn for real and generated text; with --d_shuffle those of a random half of the pairs are swapped.
+
+    It must be half of each batch: a few more right labels than wrong ones teach what is real, where that is easy to see.
+    """
+    labels, rng = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1), rng_for(args.seed, "shuffle", first)
+    if args.d_shuffle:
+        order = torch.randperm(len(shown), generator=rng)  # (n,)
+        half = (len(shown) + torch.randint(2, (), generator=rng)) // 2  # of an odd number by a coin
+        swapped = [shown[k] for k in order[:half]]
+        labels[swapped] = labels[swapped].flip(1)  # (n / 2, 2)
     return labels
 
 

@@ -76,19 +76,26 @@ def test_judges_start_at_one_half_and_an_empty_completion_is_not_shown(kind, tin
 
 @pytest.mark.parametrize("kind", [Head, Reason])
 def test_a_judgement_depends_on_its_text_and_its_position_alone(kind, tiny):
-    judge = judge_of(tiny, kind, d_shuffle=True)
+    judge = judge_of(tiny, kind)
     whole, part = judge.score(WINDOWS, TEXTS, 8), judge.score(WINDOWS[2:], TEXTS[2:], 10)
-    for name in ("p_real", "labels", "log_generated" if kind is Head else "d_value"):
+    for name in ("p_real", "log_generated" if kind is Head else "d_value"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[2:], rtol=1e-4, atol=1e-5)
     if kind is Reason:
         assert part.detail.roll.reply == [whole.detail.roll.reply[k] for k in (1, 2, 4, 5)]
         assert judge.score(WINDOWS, TEXTS, 9).detail.roll.reply != whole.detail.roll.reply
 
 
-def test_shuffled_labels_are_a_coin_a_pair_whatever_the_batch():
+def test_shuffled_labels_are_swapped_in_half_of_the_pairs_that_are_shown():
     args = argparse.Namespace(d_shuffle=True, seed=0)
-    labels, part = (training_labels(args, range(n), n, "cpu", 400 - n) for n in (400, 300))  # (B, 2) each
-    assert (labels.sum(1) == REAL).all() and 160 < labels[:, 0].sum() < 240 and torch.equal(labels[100:], part)
+    shown, found, odd = [i for i in range(17) if i != 3], [], []
+    for first in range(0, 40 * 17, 17):
+        labels = training_labels(args, shown, 17, "cpu", first)  # (B, 2)
+        assert (labels.sum(1) == REAL).all() and labels[:, 0].sum() == 1 + 8 and labels[3].tolist() == [REAL, 1 - REAL]
+        found.append(labels)
+        odd.append(training_labels(args, shown[:5], 17, "cpu", first)[shown[:5], 0].sum().item())
+    assert len({tuple(x[:, 0].tolist()) for x in found}) == 40 and {*odd} == {2, 3}
+    assert torch.equal(found[2], training_labels(args, shown, 17, "cpu", 34))
+    assert not training_labels(args, [], 17, "cpu", 0)[:, 1].any() and 0.3 < torch.stack(found)[:, 0, 0].float().mean() < 0.7
 
 
 def test_a_verdict_is_one_of_two_words_alone():
