@@ -252,6 +252,18 @@ def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=
                        roll.shared, return_hidden)  # (N,) each
 
 
+def truth_stats(model, writer, windows, thoughts, shared=0):
+    """TokenStats of the truths' tokens as completions after thoughts (ids), under the active adapter; and how many
+    tokens each truth has.
+    """
+    rows = [writer.truth_ids(*pair) for pair in zip(windows, thoughts)]
+    ids = pad([before + truth for before, truth in rows], writer.rules.pad, model.device)  # (b, T)
+    mask = pad([[0] * len(before) + [1] * len(truth) for before, truth in rows], 0, ids.device, torch.bool)  # (b, T)
+    stats = token_stats(model, ids, mask, writer.rules.blocked, torch.full_like(ids, COMPLETION),
+                        writer.args.temperature, shared=shared)  # (N,) each
+    return stats, [len(truth) for _, truth in rows]
+
+
 def rng_for(*key):
     """A random generator, on the CPU, that is a function of the key alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
