@@ -59,6 +59,7 @@ class Judged(NamedTuple):
     labels: torch.Tensor   # (B, 2) labels to learn for the real and the generated text; shuffled by --d_shuffle
     detail: Any            # what the loss needs besides
     score: torch.Tensor | None = None  # (B,) likeness to the truth; Features only
+    first: int = 0         # position of the first window
 
 
 def make_judge(args, player, sampler):
@@ -137,22 +138,25 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.to(self.device)
 
-    def forward(self, hidden, mask):
-        """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real."""
+    def forward(self, hidden, mask, kept=1.0):
+        """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real.
+
+        kept: what to multiply the normalised states (B, H) by, a mask of dropout.
+        """
         hidden = hidden.float()  # (B, T, H)
         if self.args.d_pool == "mean":
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
         else:
             last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, H)
-        return self.linear(self.norm(pooled))  # (B, 2)
+        return self.linear(self.norm(pooled) * kept)  # (B, 2)
 
-    def logits(self, texts):
+    def logits(self, texts, kept=1.0):
         """Logits (B, 2) of texts (ids, mask), which lose their beginning where the model has no room for them."""
         room = positions(self.player.model)
         ids, mask = (pad([row[-room:] for row in rows], 0, self.device, kind)
                      for rows, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T) each
-        return self(hidden_states(self.player.model, ids), mask)  # (B, 2)
+        return self(hidden_states(self.player.model, ids), mask, kept)  # (B, 2)
 
     @torch.no_grad()
     def score(self, windows, texts, first):
@@ -164,7 +168,8 @@ class Head(nn.Module):
         for rows in micro_batches(shown, self.args.micro_batch):
             logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
         labels = training_labels(self.args, shown, len(pairs), self.device, first)  # (B, 2)
-        return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
+        return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs,
+                      first=first)
 
     def replay(self, judged, past, first):
         """The same judgements, with the texts of past records (of rollouts.jsonl) in place of a share --d_replay of the
@@ -180,7 +185,11 @@ class Head(nn.Module):
 
     def loss(self, judged, rows):
         """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
-        logits = self.logits([judged.detail[i][side] for side in (0, 1) for i in rows])  # (2b, 2)
+        texts, kept = [judged.detail[i][side] for side in (0, 1) for i in rows], 1.0
+        if self.args.d_dropout:
+            rng, shape = rng_for(self.args.seed, "dropout", judged.first + rows[0]), (len(texts), len(self.norm.weight))
+            kept = torch.rand(shape, generator=rng).ge(self.args.d_dropout).to(self.device) / (1 - self.args.d_dropout)
+        logits = self.logits(texts, kept)  # (2b, 2)
         labels = judged.labels[rows].mT.flatten()  # (2b,)
         loss = discriminator_loss(logits, labels, self.args.d_loss, self.args.d_smooth)  # ()
         guessed_real = (logits.argmax(-1) == REAL).view(2, -1)  # (2, b)
@@ -369,18 +378,6 @@ class Reason(nn.Module):
             read[shown], unread[shown] = verdict != UNPARSED, verdict == UNPARSED  # (n,) each
         labels = training_labels(self.args, shown, B, self.device, first)  # (B, 2)
         return Judged(shown, read, ~unread, p_real, None, d_value, labels, verdicts)
-
-    def replay(self, judged, past, first):
-        """The same judgements, with the texts of past records (of rollouts.jsonl) in place of a share --d_replay of the
-        shown pairs, for the loss."""
-        pairs = list(judged.detail)
-        for i in judged.shown:
-            rng = rng_for(self.args.seed, "replay", first + i)
-            if torch.rand((), generator=rng) < self.args.d_replay:
-                record = past[int(torch.randint(len(past), (), generator=rng))]
-                texts = (record[key] for key in ("prefix", "sep", "truth", "completion"))
-                pairs[i] = pair_ids(self.encode, self.bos, *texts) or pairs[i]
-        return judged._replace(detail=pairs)
 
     def loss(self, judged, rows):
         """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""

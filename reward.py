@@ -110,6 +110,25 @@ def kl_barrier(kl, sizes, kl_agg, kl_tau):
     return (torch.stack(levels) - kl_tau).relu().repeat_interleave(kept) if levels else kl  # (N,)
 
 
+def kl_term(stats, sizes, kind):
+    """What the KL's coefficient multiplies (N,), from TokenStats of sequences of `sizes` tokens, one after another.
+
+    exact: the sum over the vocabulary. The others see only the sampled token, with r = log policy - log base:
+    k1: logp times the sum of r from the token on: a penalty in the reward; its gradient is that of the sequence's KL.
+    k2: r^2 / 2, whose gradient is that of KL(policy || base) in expectation.
+    k3: e^-r - 1 + r, whose gradient is that of KL(base || policy) in expectation, whatever its value says.
+    """
+    ratio = stats.logp - stats.ref_logp  # (N,)
+    if kind == "k1":
+        return torch.cat([part.flip(0).cumsum(0).flip(0) for part in ratio.detach().split(sizes)]) * stats.logp  # (N,)
+    return {"exact": stats.kl, "k2": ratio.square() / 2, "k3": (-ratio).exp() - 1 + ratio}[kind]  # (N,)
+
+
+def adapted_coef(coef, kl, target):
+    """The KL's coefficient for the next step: 2 % up or down, or less near the target (arXiv 1909.08593)."""
+    return coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
 def truncated_ratio(logp, sampler_logp, most):
     """Importance weights (N,) of tokens that another distribution drew, min(p / p_sampler, most), without gradient: the
     sampler's rounding makes it another one (truncated importance sampling).

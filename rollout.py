@@ -245,11 +245,15 @@ class Writer:
                 for step, window, think, text, n, closed, paid, real in rows]
 
 
-def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=False):
-    """TokenStats of the sampled tokens of some rows, under the active adapter and the sampler's forbidden ids."""
+def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=False, freeze_context=False):
+    """TokenStats of the sampled tokens of some rows, under the active adapter and the sampler's forbidden ids.
+
+    freeze_context: no gradient through the keys and values of the prompt, but for its last token's.
+    """
     kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)  # (b, T)
+    frozen = roll.sampled[rows].int().argmax(1) - 1 if freeze_context else None  # (b,)
     return token_stats(model, roll.ids[rows], roll.sampled[rows], rules.blocked, kind, temperature, with_kl,
-                       roll.shared, return_hidden)  # (N,) each
+                       roll.shared, return_hidden, frozen)  # (N,) each
 
 
 def truth_stats(model, writer, windows, thoughts, shared=0):

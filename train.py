@@ -68,6 +68,11 @@ def flags(words=None):
         help="p_real, -log(1 - p_real), the discriminator's logit, neglog with lift for the thinking, or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
+    add("--kl_form", choices=["exact", "k1", "k2", "k3"], default="exact",
+        help="the KL summed over the vocabulary, or an estimate from the sampled token")
+    add("--kl_dir", choices=["reverse", "forward"], default="reverse", help="KL of policy to base, or of base to policy")
+    add("--kl_target", type=float, default=0.0, help="KL that --kl_coef is adapted to, in nats a token (0: it is fixed)")
+    add("--freeze_context", action=Switch, default=False, help="no gradient through the prompt's keys and values")
     add("--kl_agg", choices=["mean", "rms", "p95", "max"], default="mean",
         help="a sequence's KL, from that of its tokens, as --kl_tau measures it")
     add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
@@ -90,6 +95,7 @@ def flags(words=None):
     add("--d_loss_scale", type=float, default=1.0, help="factor on the loss; acts only through --grad_clip")
     add("--d_smooth", type=float, default=0.0, help="label smoothing of the cross-entropy")
     add("--d_replay", type=float, default=0.0, help="share of its generated texts that are from earlier steps")
+    add("--d_dropout", type=float, default=0.0, help="dropout of the head's input")
     add("--d_gate", type=float, default=1.0, help="accuracy above which a step does not train it (1: none)")
     add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last hidden state or the mean")
     add("--d_think_tokens", type=int, default=None,
@@ -102,7 +108,8 @@ def flags(words=None):
     add("--micro_batch", type=int, default=0, help="sequences per forward pass: less memory, same gradient (0: all)")
     add("--grad_ckpt", action=Switch, default=False, help="gradient checkpointing: less memory, slower")
     add("--num_steps", type=int, default=1600, help="generator steps")
-    add("--optim", choices=["adam", "adam8bit"], default="adam", help="adam8bit keeps 8-bit moments (bitsandbytes)")
+    add("--optim", choices=["adam", "adam8bit", "muon", "apollo"], default="adam",
+        help="adam8bit keeps 8-bit moments (bitsandbytes); apollo needs apollo-torch")
     add("--beta1", type=float, default=0.95, help="Adam's beta1")
     add("--beta2", type=float, default=0.95, help="Adam's beta2")
     add("--grad_clip", type=float, default=1.0, help="maximum gradient norm")
@@ -157,13 +164,14 @@ if __name__ == "__main__":
     from measures import batch_metrics, check_featurizer, policy_metrics
     from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
     from plot import plot_runs
-    from reward import Baseline, centred, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
+    from reward import (Baseline, adapted_coef, centred, generator_reward, kl_barrier, kl_term, length_score,
+                        policy_loss, truncated_ratio)
     from rollout import Writer, probe, sampled_stats, truth_stats
     from sampler import Sampler
 
     # -----------------------------------------------------------------------------
     # set-up: device, data, model, players. B sequences, R and C token budgets, N sampled tokens
-    B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0
+    B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0 and args.kl_dir
     G = args.group  # samples of one prefix stand side by side in a batch
     device = checked_device(args.device, args.deterministic)
     explain_failures()
@@ -230,6 +238,7 @@ if __name__ == "__main__":
     started, coherence, past = time.perf_counter(), [], []
     if args.d_replay:
         past = read_lines(out_dir / "rollouts.jsonl")
+    kl_coef = ([args.kl_coef] + [row["kl_coef"] for row in read_lines(out_dir / "metrics.jsonl") if "kl_coef" in row])[-1]
     for step in range(first_step, args.num_steps):
         t0, lr_factor = time.perf_counter(), 1 - max(step, 0) / args.num_steps  # linear decay, after the warm-up
 
@@ -257,15 +266,16 @@ if __name__ == "__main__":
                 gain = torch.tensor(empty, device=device) - torch.tensor(own, device=device)  # (B,)
                 lift = centred(gain, args.adv_norm)  # (B,)
             for rows in micro_batches(range(B), args.micro_batch):
-                stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
+                stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl,
+                                      freeze_context=args.freeze_context)  # (N,) each
                 sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
                 weights = advantage[rows].repeat_interleave(sizes)  # (N,)
                 if args.g_reward == "lift":
                     thinks = roll.thinking[rows][roll.sampled[rows]]  # (N,)
                     weights = torch.where(thinks, lift[rows].repeat_interleave(sizes), weights)  # (N,)
                 weights = weights * truncated_ratio(stats.logp, drawn, args.tis) if args.tis else weights  # (N,)
-                penalty = kl_barrier(stats.kl, sizes.tolist(), args.kl_agg, args.kl_tau)  # (N,)
-                loss = policy_loss(stats.logp, penalty, weights, args.kl_coef, B * (R + C))  # ()
+                penalty = kl_barrier(kl_term(stats, sizes.tolist(), args.kl_form), sizes.tolist(), args.kl_agg, args.kl_tau)
+                loss = policy_loss(stats.logp, penalty, weights, kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 g_loss += loss.item()
                 parts.append([x.detach() for x in stats])
@@ -276,6 +286,8 @@ if __name__ == "__main__":
             row |= dict(baseline=baseline.used, advantage_sd=advantage[judged.counts].std(correction=0).item(),
                         g_loss=g_loss, g_grad_norm=generator.step(lr_factor),
                         **policy_metrics(all_stats, roll, with_kl))
+            if args.kl_target:
+                row["kl_coef"] = kl_coef = adapted_coef(kl_coef, row["kl"], args.kl_target)
 
         # discriminator step: cross-entropy on the real and the generated text of every prefix
         discriminator.activate()
@@ -288,7 +300,7 @@ if __name__ == "__main__":
             right += num_right
         d_acc_real, d_acc_generated = (right / max(len(judged.shown), 1)).tolist()
         if (d_acc_real + d_acc_generated) / 2 > args.d_gate:  # too far ahead
-            discriminator.optimizer.zero_grad()
+            discriminator.zero_grad()
         d_grad_norm = discriminator.step(lr_factor)
         t2 = time.perf_counter()
 

@@ -19,7 +19,7 @@ WINDOWS = [Window(PREFIX, SEP, TRUTH), Window("The first line", " ", "says what 
 TEXTS = ["Sure! Here is what comes next, as you wished: an array.", "", "two arrays differ in shape or type.", "x"]
 SAID = [REAL, 1 - REAL, REAL, 1 - REAL, 1 - REAL, UNPARSED]  # on three real texts, then on three generated ones
 FLAGS = dict(d_pool="mean", d_loss="ce", d_loss_scale=2, d_shuffle=False, d_think_tokens=None, d_kl_coef=0.1, seed=0,
-             d_smooth=0.0, d_replay=0.5, group=1, batch_size=4, micro_batch=0, prefix_tokens=16, completion_tokens=24, reasoning_tokens=5, temperature=1)
+             d_smooth=0.0, d_dropout=0.0, d_replay=0.5, group=1, batch_size=4, micro_batch=0, prefix_tokens=16, completion_tokens=24, reasoning_tokens=5, temperature=1)
 
 
 def judge_of(tiny, kind=Head, start=False, **flags):
@@ -200,3 +200,16 @@ def test_an_immediate_verdict_is_the_chance_of_its_first_token_after_an_empty_th
     for k, (row, end) in enumerate(zip(verdicts.roll.ids.tolist(), verdicts.ends)):
         logits = judge.player.model(torch.tensor([row[:end + 1] + judge.opening])).logits[0, -1, judge.choice]  # (2,)
         assert verdicts.immediate[k].item() == pytest.approx(logits.softmax(-1)[REAL].item(), rel=1e-3)
+
+
+def test_dropout_zeroes_its_share_of_the_heads_input_in_the_loss_alone_by_position(tiny, monkeypatch):
+    judge, seen = judge_of(tiny, d_dropout=0.25), []
+    judged = judge.score(WINDOWS, TEXTS, 3)
+    whole = judge.loss(judged, [0, 2])[0]
+    monkeypatch.setattr(judge, "forward", lambda hidden, mask, kept: seen.append(kept) or torch.zeros(len(hidden), 2))
+    for first in (3, 3, 4):
+        judge.loss(judged._replace(first=first), [0, 2])
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]) and seen[0].shape == (4, 32)
+    assert seen[0].unique().tolist() == pytest.approx([0.0, 4 / 3]) and 0.1 < (seen[0] == 0).float().mean() < 0.4
+    judge.score(WINDOWS, TEXTS, 3)
+    assert seen[-1] == 1.0 and whole.isfinite()

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from discriminator import Judged
-from reward import REAL, Baseline, centred, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
+from model import TokenStats
+from reward import (REAL, Baseline, adapted_coef, centred, generator_reward, kl_barrier, kl_term, length_score,
+                    policy_loss, truncated_ratio)
 
 
 def test_length_score_is_n_over_the_budget_and_at_most_one():
@@ -133,3 +135,39 @@ def test_policy_loss_and_its_gradient_equal_hand_values():
     loss.backward()
     assert logp.grad.tolist() == pytest.approx([-0.1, -0.1, 0.2])  # a good sequence becomes more likely
     assert kl.grad.tolist() == pytest.approx([0.05] * 3)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_an_estimate_of_the_kl_has_the_exact_gradient_of_its_own_kl_on_average(kind):
+    # texts of two tokens out of three, the second drawn after the first; p is the policy, q the base
+    g = torch.Generator().manual_seed(0)
+    first, second, q_first, q_second = (torch.randn(*shape, generator=g, dtype=torch.double).requires_grad_()
+                                        for shape in ((3,), (3, 3)) * 2)
+    log_p, log_p2, log_q, log_q2 = (x.log_softmax(-1) for x in (first, second, q_first, q_second))
+    total = 0.0
+    for a in range(3):
+        for b in range(3):
+            logp, ref_logp = torch.stack([log_p[a], log_p2[a, b]]), torch.stack([log_q[a], log_q2[a, b]]).detach()
+            term = kl_term(TokenStats(logp, None, None, ref_logp), [2], kind).sum()
+            total = total + (log_p[a] + log_p2[a, b]).exp().detach() * term  # a mean over what is drawn
+    p, q = log_p.exp(), log_q.exp()
+    reverse = (p * (log_p - log_q)).sum(), (log_p2.exp() * (log_p2 - log_q2)).sum(-1)  # (), (3,)
+    forward = (q * (log_q - log_p)).sum(), (log_q2.exp() * (log_q2 - log_p2)).sum(-1)
+    wanted = {"k1": reverse[0] + (p * reverse[1]).sum(),  # of the whole text
+              "k2": reverse[0] + (p.detach() * reverse[1]).sum(),
+              "k3": forward[0] + (p.detach() * forward[1]).sum()}[kind]
+    for ours, theirs in zip(*(torch.autograd.grad(x, (first, second), retain_graph=True) for x in (total, wanted))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_estimates_of_the_kl_equal_hand_values_and_are_zero_at_the_base():
+    stats = TokenStats(torch.tensor([-1.0, -2.0, -3.0]), None, torch.tensor([7.0, 8, 9]), torch.tensor([-2.0, -2.0, -2.0]))
+    assert kl_term(stats, [2, 1], "exact").tolist() == [7, 8, 9]
+    assert kl_term(stats, [2, 1], "k1").tolist() == [-1, 0, 3]  # r is 1, 0, -1; summed from each token on, by text
+    assert kl_term(stats, [2, 1], "k2").tolist() == [0.5, 0, 0.5]
+    assert kl_term(stats, [2, 1], "k3").tolist() == pytest.approx([math.exp(-1), 0, math.e - 2])
+
+
+def test_the_adapted_coefficient_moves_at_most_two_percent_toward_the_target():
+    assert [adapted_coef(0.5, kl, 0.1) for kl in (0.0, 0.09, 0.1, 0.11, 9.0)] == pytest.approx(
+        [0.49, 0.495, 0.5, 0.505, 0.51])

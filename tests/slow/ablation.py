@@ -22,19 +22,23 @@ from measures import featurizer
 from model import load_model
 from sweep import Sweep, outcome
 
-COMMON = "--preset demo --num_steps 20 --floor_sequences 500 --d_warmup 8 --seeds 5".split()
+COMMON = "--preset demo --num_steps 24 --batch_size 32 --floor_sequences 320 --d_warmup 8".split()
 ROWS = {name: flags.split() for name, flags in {
     "default": "",
     "reward prob": "--g_reward prob", "reward logit": "--g_reward logit", "reward lift": "--g_reward lift",
-    "advantages not normalised": "--no-adv_norm",
-    "baseline loo, the batch": "--baseline loo", "baseline none": "--baseline none",
-    "group 4, loo": "--group 4 --baseline loo --floor_sequences 320", "group 4, ema": "--group 4 --floor_sequences 320",
-    "kl 0": "--kl_coef 0", "kl 0.03": "--kl_coef 0.03", "kl 0.3": "--kl_coef 0.3",
+    "advantages not normalised": "--no-adv_norm", "baseline none": "--baseline none",
+    "baseline loo, the batch": "--baseline loo", "group 4, loo": "--group 4 --baseline loo --floor_sequences 192",
+    "group 4, ema": "--group 4 --floor_sequences 192",
+    "kl 0": "--kl_coef 0", "kl 0.3": "--kl_coef 0.3", "kl forward": "--kl_dir forward", "kl k1": "--kl_form k1",
+    "kl k2": "--kl_form k2", "kl k3": "--kl_form k3", "kl target 0.05": "--kl_target 0.05",
     "barrier mean 0.05": "--kl_coef 0.3 --kl_tau 0.05", "barrier rms 0.2": "--kl_coef 0.3 --kl_agg rms --kl_tau 0.2",
-    "barrier p95 0.2": "--kl_coef 0.3 --kl_agg p95 --kl_tau 0.2", "barrier max 0.5": "--kl_coef 0.3 --kl_agg max --kl_tau 0.5",
+    "barrier p95 0.2": "--kl_coef 0.3 --kl_agg p95 --kl_tau 0.2",
+    "barrier max 0.5": "--kl_coef 0.3 --kl_agg max --kl_tau 0.5",
     "loss pair": "--d_loss pair", "pool last": "--d_pool last", "smoothing 0.1": "--d_smooth 0.1",
-    "replay 0.5": "--d_replay 0.5", "gate 0.8": "--d_gate 0.8", "no warm-up": "--d_warmup 0",
+    "dropout 0.1": "--d_dropout 0.1", "replay 0.5": "--d_replay 0.5", "gate 0.8": "--d_gate 0.8",
+    "no warm-up": "--d_warmup 0", "features, group 4": "--disc features --group 4 --baseline loo --floor_sequences 192",
     "cross-entropy 0.03": "--ce_coef 0.03", "cross-entropy 0.3": "--ce_coef 0.3", "importance weights": "--tis 2",
+    "muon": "--optim muon", "apollo": "--optim apollo", "frozen context": "--freeze_context",
     "shared adapter": "--adapters shared",
 }.items()}
 
