@@ -27,8 +27,7 @@ class UserError(SystemExit):
     def __init__(self, message, status=2):
         super().__init__(status)
         self.message = escaped(" ".join(str(message).split()))
-        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
-            print(f"error: {self.message}", file=sys.stderr)
+        print(f"error: {self.message}", file=sys.stderr)
 
 
 def escaped(text):
