@@ -26,15 +26,18 @@ from safetensors.torch import load_file, save_file
 
 from flags import Run, UserError, digest, first_line, read_json, resume_command, write_whole
 from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, digests, load_adapter, load_players, located, pinned
+from ranks import FIRST, RANK, WORLD, agreed, everyone
 
 FORMAT = 3
 
 
 def save(out_dir, step, players, judge, baseline, stream, files):
-    """Write out_dir/ckpt, the state before `step`.
+    """Write out_dir/ckpt, the state before `step`; the first process does, and the others wait for it.
 
     files: the run's append-only files, whose lengths are saved, so that a resumed run can cut off later lines.
     """
+    if not FIRST:
+        return everyone([])
     new, ckpt, old = (pathlib.Path(out_dir) / name for name in ("ckpt.new", "ckpt", "ckpt.old"))
     for file in files:
         check_in_place(file)
@@ -69,6 +72,7 @@ def save(out_dir, step, players, judge, baseline, stream, files):
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"--out_dir {out_dir}: a checkpoint could not be written ({first_line(error)}); make room; "
                         f"{standing(out_dir)}") from None
+    everyone([])
 
 
 def check_in_place(file):
@@ -172,7 +176,8 @@ def restore(out_dir, players, judge, baseline, stream):
             raise
         raise UserError(f"--resume {out_dir}: {ckpt.name} cannot be used ({first_line(error)}): it is cut short, or "
                         "from another model or version") from None
-    for name, length in lengths.items():
+    everyone([])  # all have read it
+    for name, length in lengths.items() if FIRST else ():
         os.truncate(out_dir / name, length)
     return step
 
@@ -228,6 +233,8 @@ def load_run(run, device):
 
 def make_out_dir(out_dir, preset):
     """Make the run's folder, out_dir or out/<preset>-<next free number>, and lock it."""
+    if not FIRST:
+        return agreed(None)
     try:
         number = 1
         while out_dir is None:
@@ -242,14 +249,15 @@ def make_out_dir(out_dir, preset):
     lock(out_dir)
     if os.listdir(out_dir):  # nothing is overwritten
         raise UserError(f"--out_dir {out_dir} is not empty; name a new folder, or an empty one")
-    return pathlib.Path(out_dir)
+    return agreed(pathlib.Path(out_dir))
 
 
 def lock(out_dir):
     """Lock a run's folder until this process ends; a folder that another process has locked is refused."""
     number = os.open(out_dir, os.O_RDONLY)  # stays open, as closing it would unlock
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if FIRST:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{out_dir} is in use by another process; wait until that has ended") from None
     except OSError:
@@ -298,14 +306,15 @@ def write_args(out_dir, args, device):
     info = read_json(path) or {"args": vars(args), "digest": digest(vars(args)), **provenance(device)}
     if args.resume:
         info["resumed"] = info.get("resumed", []) + [provenance(device)]
-    write_whole(path, json.dumps(info, indent=2) + "\n")
+    if FIRST:
+        write_whole(path, json.dumps(info, indent=2) + "\n")
 
 
 class Tracker:
     """Sends metrics and samples to the service that --track names; a resumed run continues its run there."""
 
     def __init__(self, args, out_dir):
-        self.service, name = args.track, f"{pathlib.Path(out_dir).resolve().name}-{args.track_id}"
+        self.service, name = args.track if FIRST else "none", f"{pathlib.Path(out_dir).resolve().name}-{args.track_id}"
         if self.service == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(pathlib.Path(out_dir) / "tensorboard")
@@ -341,20 +350,27 @@ class Tracker:
 # early ends
 
 class Signals:
-    """Keeps the first signal's number in `stop`, which the loop checks; a second signal ends the process at once."""
+    """Keeps the first signal's number, which the loop asks for; a second signal ends the process at once. Among several
+    processes one that has a signal stops all, and torchrun, which passes on a second one, ends them after a while.
+    """
 
     def __init__(self):
-        self.stop = 0
+        self.number = 0
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         self.before = {number: signal.signal(number, self.note) for number in numbers
                        if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores SIGHUP
 
     def note(self, number, frame):
-        self.stop = number
+        self.number = number
         message = f"\n{signal.Signals(number).name}: finishing this step; once more to stop at once\n"
         os.write(2, message.encode())  # print is not safe here: it may be running already
-        for other in self.before:
+        for other in self.before if WORLD == 1 else ():
             signal.signal(other, signal.SIG_DFL)
+
+    def stop(self):
+        """The number of a signal that any process has received, else 0."""
+        self.number = max(everyone([self.number]))
+        return self.number
 
     def restore(self):
         for number, handler in self.before.items():
@@ -363,7 +379,7 @@ class Signals:
     def leave(self, when, out_dir):
         """End the run; every completed step is saved."""
         print(f"stopped {when}; continue with: {resume_command(out_dir)}")
-        raise SystemExit(128 + self.stop)
+        raise SystemExit(128 + self.number)
 
 
 def out_of_memory(error):
@@ -387,7 +403,7 @@ def explain_failures(out_dir=None):
             status, message = 2, f"{out_dir or 'a file'} cannot be written ({first_line(error)}); make room{resume}"
         else:
             return sys.__excepthook__(kind, error, trace)
-        UserError(message)  # prints it
+        UserError(message) if FIRST else print(f"error: process {RANK}: {message}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(status)  # at once: what is left in a file's buffer cannot be written either
     sys.excepthook = hook

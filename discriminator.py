@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from data import bos_ids, clip, plain_encoder
 from model import divisor, head_logits, head_weights, hidden_states, micro_batches, pad, positions
+from ranks import everyone, mine
 from reward import REAL, policy_loss
 from rollout import Rollout, rng_for, rollout, rules, sampled_stats
 from sampler import Sampler
@@ -159,8 +160,9 @@ class Head(nn.Module):
         shown = [i for i, pair in enumerate(pairs) if pair]
         read = torch.tensor([bool(pair) for pair in pairs], device=self.device)  # (B,)
         logps = torch.tensor([[0.0, -torch.inf]], device=self.device).repeat(len(pairs), 1)  # (B, 2) surely generated
-        for rows in micro_batches(shown, self.args.micro_batch):
+        for rows in micro_batches(mine(shown), self.args.micro_batch):
             logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
+        logps[shown] = everyone(logps[mine(shown)])  # (n, 2)
         labels = training_labels(self.args, shown, len(pairs), self.device, first)  # (B, 2)
         return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
 
@@ -257,7 +259,8 @@ class Reason(nn.Module):
         verdict = torch.tensor([parse_verdict(self.decode(ids)) for ids in roll.reply], device=self.device)  # (2n,)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)  # (2n,)
         value, immediate = (torch.zeros(len(prompts), device=self.device) for _ in range(2))  # (2n,) each
-        for texts in micro_batches(range(len(prompts)), 2 * self.args.micro_batch):
+        part = mine(range(len(prompts)))
+        for texts in micro_batches(part, 2 * self.args.micro_batch):
             ids = pad([prompts[k] + self.opening for k in texts], 0, self.device)  # (2b, T)
             hidden = hidden_states(self.player.model, ids, roll.shared)  # (2b, T, H)
             value[texts] = self.value_logits(hidden, ends[texts]).sigmoid()  # (2b,)
@@ -265,6 +268,7 @@ class Reason(nn.Module):
             logits = head_logits(self.player.model, last)[:, self.choice].float()  # (2b, 2)
             logits /= divisor(self.player.model, self.args.temperature)  # (2b, 2)
             immediate[texts] = logits.softmax(-1)[:, REAL]  # (2b,)
+        value, immediate = (everyone(x[part.start:part.stop]) for x in (value, immediate))  # (2n,) each
         return Verdicts(roll, ends, verdict, value, immediate)
 
     @torch.no_grad()

@@ -27,7 +27,8 @@ class UserError(SystemExit):
     def __init__(self, message, status=2):
         super().__init__(status)
         self.message = escaped(" ".join(str(message).split()))
-        print(f"error: {self.message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+            print(f"error: {self.message}", file=sys.stderr)
 
 
 def escaped(text):

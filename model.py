@@ -43,6 +43,7 @@ from transformers.utils import cached_file, extract_commit_hash, find_adapter_co
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from flags import UserError, first_line, read_json
+from ranks import sum_gradients
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEMO = pathlib.Path(__file__).parent / "demo"
@@ -273,6 +274,7 @@ class Player:
 
     def step(self, lr_factor):
         """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
+        sum_gradients(self.params)
         if all(p.grad is None for p in self.params):
             return 0.0
         self.scaler.unscale_(self.optimizer)

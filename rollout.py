@@ -22,6 +22,7 @@ from data import clip, opens_thinking, plain_encoder, prompt_ids, words
 from flags import UserError, first_line
 from model import (FORBIDDEN, adapter_parameters, causal_lm, divisor, head_weights, micro_batches, pad, token_stats,
                    untrained, without_adapters)
+from ranks import everyone, mine
 from reward import length_score
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -151,25 +152,26 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
     id. temperature 0 is greedy. keys: one a row; the random numbers of a row are a function of its key alone.
     """
     assert completion_tokens > 0, "there is nothing to write"
-    B, settings = len(prompts), (rules, reasoning_tokens, completion_tokens, temperature)
+    part = mine(prompts)  # B of the prompts
+    B, settings = len(part), (rules, reasoning_tokens, completion_tokens, temperature)
     budget = reasoning_tokens + len(rules.close) + completion_tokens
-    numbers = [torch.rand(budget, dtype=torch.double, generator=rng_for(*key)) for key in keys]  # B of (budget,)
-    uniform = torch.stack(numbers, 1)  # (budget, B)
+    numbers = [torch.rand(budget, dtype=torch.double, generator=rng_for(*key)) for key in mine(keys)]  # B of (budget,)
 
     def new_reply():
         return Reply(B, *settings, sampler.model)
 
-    width = max(map(len, prompts)) + budget
+    width = max(map(len, part), default=0) + budget
     reader, reply, step = sampler.decoder((id(rules), *settings[1:]), B, width, new_reply)
 
     def begin():
-        reply.reset(uniform)
-        reply.advance(reader.begin([prompt + reply.forced_prefix for prompt in prompts], rules.pad))
+        reply.reset(torch.stack(numbers, 1))
+        reply.advance(reader.begin([prompt + reply.forced_prefix for prompt in part], rules.pad))
 
-    begin()
-    if budget - len(reply.forced_prefix) > 3 and step.capture():  # capturing takes the first token and two to warm up
+    if part:
         begin()
-    for t in range(len(reply.forced_prefix) + 1, budget):
+    if part and budget - len(reply.forced_prefix) > 3 and step.capture():  # takes the first token and two to warm up
+        begin()
+    for t in range(len(reply.forced_prefix) + 1, budget if part else 0):
         if (rules.close.device.type == "cpu" or t % 16 == 0) and bool(reply.done.all()):  # reading it back stalls a GPU
             break
         step()
@@ -276,8 +278,8 @@ def draw(logits, uniform):
 
 
 def gather(prompts, written):
-    """Prompts and the Reply that was written behind them to one right-padded Rollout."""
-    rules, rows = written.rules, {key: value.tolist() for key, value in written.out.items()}
+    """Prompts and what the Reply of each process wrote behind its part of them to one right-padded Rollout."""
+    rules, rows = written.rules, {key: everyone(value).tolist() for key, value in written.out.items()}
     device = rules.close.device
     stop = set(rules.stop.tolist())
     ids, sampled, thinking, logps, think, reply = [], [], [], [], [], []
@@ -295,7 +297,7 @@ def gather(prompts, written):
     ids, logps = pad(ids, rules.pad, device), pad(logps, 0.0, device, torch.float)  # (B, T) each
     sampled, thinking = (pad(mask, False, device, torch.bool) for mask in (sampled, thinking))  # (B, T) each
     shared = len(os.path.commonprefix(prompts))
-    closed, broken = written.think_closed.clone(), written.broken.clone()  # (B,) each
+    closed, broken = everyone(written.think_closed.clone()), everyone(written.broken.clone())  # (B,) each
     return Rollout(ids, sampled, thinking, logps, closed, broken, think, reply, shared)
 
 

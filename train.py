@@ -142,6 +142,7 @@ if __name__ == "__main__":
     from measures import batch_metrics, check_featurizer, policy_metrics
     from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
     from plot import plot_runs
+    from ranks import FIRST, everyone, join, leave, mine
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, probe, sampled_stats
     from sampler import Sampler
@@ -149,7 +150,7 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------
     # set-up: device, data, model, players. B sequences, R and C token budgets, N sampled tokens
     B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0
-    device = checked_device(args.device, args.deterministic)
+    device = checked_device(join(args), args.deterministic)
     explain_failures()
     if args.seeds:
         check_featurizer(args.featurizer)
@@ -184,7 +185,7 @@ if __name__ == "__main__":
         out_dir = make_out_dir(args.out_dir, args.preset)
     explain_failures(out_dir)
     files = {name: open(out_dir / f"{name}.jsonl", "a", 1, encoding="utf-8") for name in
-             ["metrics", "rollouts"] + ["verdicts"] * (args.disc == "reason")}
+             ["metrics", "rollouts"] + ["verdicts"] * (args.disc == "reason")} if FIRST else {}
     if not args.resume:
         args.track_id = secrets.token_hex(4)
         save(out_dir, first_step, players, judge, baseline, stream, files.values())
@@ -202,9 +203,10 @@ if __name__ == "__main__":
             place = range(first, min(first + max(B, 32), total))
             batch = [stream[i] for i in place]
             rows += writer.records([i // B for i in place], batch, writer.write(batch, None, "floor", first))
-            if signals.stop:
+            if signals.stop():
                 signals.leave("before the first step", out_dir)
-        write_whole(out_dir / "floor.jsonl", json_lines(rows))
+        if FIRST:
+            write_whole(out_dir / "floor.jsonl", json_lines(rows))
         for record in rows[-3:]:
             print(readable(f"the base writes: ...{record['prefix'][-60:]} | {record['completion'][:120]}"))
         sampler.release()
@@ -234,27 +236,28 @@ if __name__ == "__main__":
         if step >= 0:
             generator.activate()
             advantage, g_loss, parts = baseline.advantages(reward, judged.counts), 0.0, []  # (B,)
-            for rows in micro_batches(range(B), args.micro_batch):
+            for rows in micro_batches(mine(range(B)), args.micro_batch):
                 stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
                 weights = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
                 loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 g_loss += loss.item()
                 parts.append([x.detach() for x in stats])
-            all_stats = TokenStats(*map(torch.cat, zip(*parts)))  # (N,) each
+            all_stats = TokenStats(*map(everyone, map(torch.cat, zip(*parts))))  # (N,) each
             row |= dict(baseline=baseline.used, advantage_sd=advantage[judged.counts].std(correction=0).item(),
-                        g_loss=g_loss, g_grad_norm=generator.step(lr_factor),
+                        g_loss=sum(everyone([g_loss])), g_grad_norm=generator.step(lr_factor),
                         **policy_metrics(all_stats, roll, with_kl))
 
         # discriminator step: cross-entropy on the real and the generated text of every prefix
         discriminator.activate()
         d_loss, right = 0.0, torch.zeros(2)  # (2,) of real, of generated
-        for rows in micro_batches(judged.shown, args.micro_batch):
+        for rows in micro_batches(mine(judged.shown), args.micro_batch):
             loss, num_right = judge.loss(judged, rows)  # (), (2,)
             discriminator.backward(loss)
             d_loss += loss.item()
             right += num_right
         d_grad_norm = discriminator.step(lr_factor)
+        d_loss, right = sum(everyone([d_loss])), sum(everyone([right]))
         d_acc_real, d_acc_generated = (right / max(len(judged.shown), 1)).tolist()
         t2 = time.perf_counter()
 
@@ -282,9 +285,10 @@ if __name__ == "__main__":
 
         # save
         due = args.save_every and (step + 1) % args.save_every == 0 and not skipped
-        if signals.stop or step + 1 == args.num_steps or due:
+        stop = signals.stop()
+        if stop or step + 1 == args.num_steps or due:
             save(out_dir, step + 1, players, judge, baseline, stream, files.values())
-        if signals.stop:
+        if stop:
             signals.leave(f"after step {step}", out_dir)
 
     # -----------------------------------------------------------------------------
@@ -292,6 +296,7 @@ if __name__ == "__main__":
     for file in files.values():
         file.close()
     signals.restore()
+    leave()  # the first process goes on
     if args.seeds:
         result = evaluate(out_dir, args.featurizer, args.seeds, generator.model, tokenizer, device)
         tracker.log(args.num_steps, result)
