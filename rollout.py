@@ -73,6 +73,16 @@ class Rollout(NamedTuple):
     shared: int                 # number of leading ids that all rows share
 
 
+class Written(NamedTuple):
+    """One reply: lists of its ids, and of what Rollout says of each; and whether it closed its thinking, or broke."""
+    ids: list
+    sampled: list
+    thinking: list
+    logps: list
+    closed: bool
+    broken: bool
+
+
 class Reply:
     """The replies of B rows while they are written; all state is changed in place, so that a graph can hold a step."""
 
@@ -144,38 +154,53 @@ class Reply:
         self.t += 1
 
 
+    def rows(self):
+        """The B replies, as Written."""
+        out = {key: column.tolist() for key, column in self.out.items()}
+        lengths = [sum(row) for row in out.pop("alive")]
+        return [Written(*(column[i][:n] for column in out.values()), closed, broken) for i, (n, closed, broken) in
+                enumerate(zip(lengths, self.think_closed.tolist(), self.broken.tolist()))]
+
+
 @torch.no_grad()
 def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temperature, keys):
-    """Sample a reply to each of B prompts (lists of ids).
+    """Sample a reply to each of B prompts (lists of ids). Of several processes, each samples a part of them.
 
     At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop
     id. temperature 0 is greedy. keys: one a row; the random numbers of a row are a function of its key alone.
     """
     assert completion_tokens > 0, "there is nothing to write"
-    part = mine(prompts)  # B of the prompts
-    B, settings = len(part), (rules, reasoning_tokens, completion_tokens, temperature)
+    settings = rules, reasoning_tokens, completion_tokens, temperature
+    write = sampler.write if hasattr(sampler, "write") else decode  # a server's client has a method of its own
+    return gather(prompts, everyone(write(sampler, mine(prompts), settings, mine(keys))), rules)
+
+
+def decode(sampler, prompts, settings, keys):
+    """Replies to B prompts, as Written, token by token."""
+    (rules, reasoning_tokens, completion_tokens, _), B = settings, len(prompts)
+    if not B:
+        return []
     budget = reasoning_tokens + len(rules.close) + completion_tokens
-    numbers = [torch.rand(budget, dtype=torch.double, generator=rng_for(*key)) for key in mine(keys)]  # B of (budget,)
+    numbers = [torch.rand(budget, dtype=torch.double, generator=rng_for(*key)) for key in keys]  # B of (budget,)
 
     def new_reply():
         return Reply(B, *settings, sampler.model)
 
-    width = max(map(len, part), default=0) + budget
+    width = max(map(len, prompts)) + budget
     reader, reply, step = sampler.decoder((id(rules), *settings[1:]), B, width, new_reply)
 
     def begin():
         reply.reset(torch.stack(numbers, 1))
-        reply.advance(reader.begin([prompt + reply.forced_prefix for prompt in part], rules.pad))
+        reply.advance(reader.begin([prompt + reply.forced_prefix for prompt in prompts], rules.pad))
 
-    if part:
+    begin()
+    if budget - len(reply.forced_prefix) > 3 and step.capture():  # capturing takes the first token and two to warm up
         begin()
-    if part and budget - len(reply.forced_prefix) > 3 and step.capture():  # takes the first token and two to warm up
-        begin()
-    for t in range(len(reply.forced_prefix) + 1, budget if part else 0):
+    for t in range(len(reply.forced_prefix) + 1, budget):
         if (rules.close.device.type == "cpu" or t % 16 == 0) and bool(reply.done.all()):  # reading it back stalls a GPU
             break
         step()
-    return gather(prompts, reply)
+    return reply.rows()
 
 
 class Samples(NamedTuple):
@@ -277,28 +302,21 @@ def draw(logits, uniform):
     return drawn[:, 0], p.gather(1, drawn).log()[:, 0]  # (B,) each
 
 
-def gather(prompts, written):
-    """Prompts and what the Reply of each process wrote behind its part of them to one right-padded Rollout."""
-    rules, rows = written.rules, {key: everyone(value).tolist() for key, value in written.out.items()}
-    device = rules.close.device
-    stop = set(rules.stop.tolist())
-    ids, sampled, thinking, logps, think, reply = [], [], [], [], [], []
-    for i, prompt in enumerate(prompts):
-        length = sum(rows["alive"][i])
-        new, is_sampled, is_thinking = (rows[key][i][:length] for key in ("ids", "sampled", "thinking"))
-        head = [0] * len(prompt)
-        ids.append(prompt + new)
-        sampled.append(head + is_sampled)
-        thinking.append(head + is_thinking)
-        logps.append(head + rows["logps"][i][:length])
-        think.append([token for token, yes in zip(new, is_thinking) if yes and token != rules.think_end])
-        drawn = zip(new, is_sampled, is_thinking)
-        reply.append([token for token, yes, no in drawn if yes and not no and token not in stop])
-    ids, logps = pad(ids, rules.pad, device), pad(logps, 0.0, device, torch.float)  # (B, T) each
-    sampled, thinking = (pad(mask, False, device, torch.bool) for mask in (sampled, thinking))  # (B, T) each
-    shared = len(os.path.commonprefix(prompts))
-    closed, broken = everyone(written.think_closed.clone()), everyone(written.broken.clone())  # (B,) each
-    return Rollout(ids, sampled, thinking, logps, closed, broken, think, reply, shared)
+def gather(prompts, written, rules):
+    """Prompts and the replies to them (a list of Written) as one right-padded Rollout."""
+    heads, stop, device = [[0] * len(prompt) for prompt in prompts], set(rules.stop.tolist()), rules.close.device
+
+    def padded(key, fronts, fill, dtype):
+        return pad([front + getattr(row, key) for front, row in zip(fronts, written)], fill, device, dtype)
+
+    ids = padded("ids", prompts, rules.pad, torch.long)  # (B, T)
+    sampled, thinking = (padded(key, heads, False, torch.bool) for key in ("sampled", "thinking"))  # (B, T) each
+    logps = padded("logps", heads, 0.0, torch.float)  # (B, T)
+    think = [[i for i, yes in zip(row.ids, row.thinking) if yes and i != rules.think_end] for row in written]
+    reply = [[i for i, yes, no in zip(row.ids, row.sampled, row.thinking) if yes and not no and i not in stop]
+             for row in written]
+    closed, broken = (torch.tensor([getattr(row, key) for row in written], device=device) for key in ("closed", "broken"))
+    return Rollout(ids, sampled, thinking, logps, closed, broken, think, reply, len(os.path.commonprefix(prompts)))
 
 
 def strip_echo(reply, prefix, max_words):

@@ -216,13 +216,14 @@ class Sweep:
                 shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before its first checkpoint
                 words = [*words, f"--out_dir={folder}"]
             gpu = self.gpus.pop(0)
-            env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if self.args.jobs > 1 else {})
+            launcher = shlex.split(self.args.launcher)  # it chooses the machine and the GPU, if there is one
+            env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if self.args.jobs > 1 and not launcher else {})
             with open(log, "ab") as out:  # a separate session, so that Ctrl-C reaches the run once, through us
-                process = subprocess.Popen([*TRAIN, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env,
-                                           start_new_session=True)
+                process = subprocess.Popen([*launcher, *TRAIN, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                           env=env, start_new_session=True)
             while (code := process.poll()) is None:
-                if passed_on < len(self.stop):
-                    process.terminate()
+                if passed_on < len(self.stop):  # srun passes SIGUSR1 on, and takes SIGTERM for itself
+                    process.send_signal(signal.SIGUSR1 if launcher else signal.SIGTERM)
                     passed_on += 1
                 time.sleep(0.1)
             self.gpus.append(gpu)
@@ -280,12 +281,15 @@ def main(argv):
     add("--replicates", type=int, default=1, help="seeds per point; 2 or more give the effects standard errors")
     add("--seed", type=int, default=0, help="seed of a point's first run; its replicates take the seeds that follow")
     add("--jobs", type=int, default=1, help="runs at a time, each on a separate GPU")
+    add("--launcher", default="", help="words to put before each run's command, such as: srun -n1 --gres=gpu:1")
     add("--ascent_step", type=float, default=1.5, help="coded units that the factor of the largest effect moves")
     add("--climb", type=int, default=0, help="most steps beyond the next point, while MAUVE does not fall (0: none)")
     args, words = parser.parse_known_args(argv)
     for name, least, most in (("replicates", 1, 99), ("jobs", 1, 99), ("climb", 0, 99), ("ascent_step", 0.01, 10)):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to {most}")
+    if args.launcher and not shutil.which((shlex.split(args.launcher) or [""])[0]):
+        raise UserError(f"--launcher {args.launcher}: its first word is no program here; give a command such as srun -n1")
     given, factors = flags(words).parse_args(), read_factors(args.factors)
     fixed = {f"--{name}" for name in ("seed", "out_dir", "resume", *(f.name for f in factors))}
     if clash := sorted(fixed & {word.split("=")[0] for word in words}):
