@@ -171,8 +171,9 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
     """
     assert completion_tokens > 0, "there is nothing to write"
     settings = rules, reasoning_tokens, completion_tokens, temperature
-    write = sampler.write if hasattr(sampler, "write") else decode  # a server's client has a method of its own
-    return gather(prompts, everyone(write(sampler, mine(prompts), settings, mine(keys))), rules)
+    part = mine(prompts), settings, mine(keys)
+    written = sampler.write(*part) if hasattr(sampler, "write") else decode(sampler, *part)  # a server writes itself
+    return gather(prompts, everyone(written), rules)
 
 
 def decode(sampler, prompts, settings, keys):

@@ -9,6 +9,7 @@ What differs from a plain client:
    as the server's arithmetic allows.
 """
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -28,9 +29,23 @@ MOST_REQUESTS = 256  # at a time
 TIMEOUT = 1800       # seconds for one request
 
 
+class NoAnswer(Exception):
+    """The server refused a request, or is not there."""
+
+
+@contextlib.contextmanager
+def explained():
+    """Ends the run in one line, however many requests failed at a time."""
+    try:
+        yield
+    except NoAnswer as error:
+        raise UserError(error, 1) from None
+
+
 class Served:
     """The generator on a server, whose adapters come from `source`, the model that learns."""
 
+    @explained()
     def __init__(self, url, source):
         self.url, self.source, self.model, self.version = url.rstrip("/"), source, causal_lm(source), 0
         self.name = self.base = self.ask("/v1/models")["data"][0]["id"]
@@ -46,13 +61,14 @@ class Served:
                 text = response.read().decode()
         except urllib.error.HTTPError as error:
             reason = error.read(300).decode(errors="replace")
-            raise UserError(f"--sampler {self.url}: {path} was refused ({error.code}: {reason}); start the server as "
-                            "docs/scale.md says", 1) from None
+            raise NoAnswer(f"--sampler {self.url}: {path} was refused ({error.code}: {reason}); start the server as "
+                           "docs/scale.md says") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"--sampler {self.url} does not answer ({first_line(error)}); start it as docs/scale.md "
-                            "says; a run that had begun can be resumed", 1) from None
+            raise NoAnswer(f"--sampler {self.url} does not answer ({first_line(error)}); start it as docs/scale.md "
+                           "says; a run that had begun can be resumed") from None
         return json.loads(text) if text.startswith("{") else text
 
+    @explained()
     def sync(self, adapter):
         """Hand the server an adapter's weights as they are now; None: the bare base."""
         before, self.name = self.name, self.base
@@ -71,6 +87,7 @@ class Served:
     def release(self):
         """Nothing is kept here that could fill the memory."""
 
+    @explained()
     def write(self, prompts, settings, keys):
         """Replies to B prompts, as Written."""
         rules, reasoning_tokens, completion_tokens, temperature = settings

@@ -37,7 +37,7 @@ SMALL = DEMO | dict(
 PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
-MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every track".split()  # with --resume
+MAY_CHANGE = "micro_batch grad_ckpt device sampler featurizer seeds save_every track".split()  # with --resume
 
 
 def flags(words=None):
@@ -72,6 +72,7 @@ def flags(words=None):
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
     add("--merge", action=Switch, default=None,
         help="sample from merged weights; in 16 bits rounding loses small changes (default: in fp32 only)")
+    add("--sampler", default=None, help="URL of a vLLM server that samples (default: this process)")
     add = parser.add_argument_group("discriminator").add_argument
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
@@ -146,6 +147,7 @@ if __name__ == "__main__":
     from reward import Baseline, generator_reward, length_score, policy_loss
     from rollout import Writer, probe, sampled_stats
     from sampler import Sampler
+    from served import Served
 
     # -----------------------------------------------------------------------------
     # set-up: device, data, model, players. B sequences, R and C token budgets, N sampled tokens
@@ -166,7 +168,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
-    sampler = Sampler(generator.model, args.merge)
+    sampler = Served(args.sampler, generator.model) if args.sampler else Sampler(generator.model, args.merge)
     writer = Writer(sampler, tokenizer, args)
     judge = make_judge(args, discriminator, sampler)
     generator.check_length(writer.max_tokens)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import ROOT, TINY, lines
 
 pytestmark = pytest.mark.slow
-WORDS = [*TINY, "--batch_size", "5", "--save_every", "1"]
+WORDS = [*TINY, "--batch_size", "6", "--save_every", "1"]
 
 
 def start(number, *words):
@@ -34,23 +34,25 @@ def texts(folder):
             for row in lines(folder / f"{name}.jsonl")]
 
 
-def assert_same(one, other):
-    assert texts(one) == texts(other) and len(texts(one)) == 6 + 15
+def assert_same(one, other, adapters=1e-5):
+    assert texts(one) == texts(other) and len(texts(one)) == 6 + 18
     for a, b in zip(*(sorted((folder / "ckpt").rglob("*.safetensors")) for folder in (one, other)), strict=True):
         a, b = load_file(a), load_file(b)
-        assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max() for key in a) < 1e-5
+        assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max() for key in a) < adapters
     for a, b in zip(*(lines(folder / "metrics.jsonl") for folder in (one, other)), strict=True):
         for key in ("reward", "baseline", "g_loss", "d_loss", "kl", "p_real", "g_grad_norm", "d_grad_norm", "d_acc_real"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("flags", ["", "--adapters shared --micro_batch 2", "--disc reason", "--d_model demo-small"])
-def test_two_and_three_processes_write_what_one_writes(flags, tmp_path):
-    for number in (1, 2, 3):
-        status, out, err = run(number, *WORDS, *flags.split(), "--out_dir", tmp_path / str(number))
+@pytest.mark.parametrize("flags", ["", "--adapters shared", "--disc reason", "--d_model demo-small"])
+@pytest.mark.parametrize("number", [2, 3])
+def test_several_processes_write_what_one_writes(number, flags, tmp_path):
+    """With the micro-batches of one process those of the others: adapters differ only by the order of one sum."""
+    words = [*WORDS, *flags.split(), "--micro_batch", 6 // number]
+    for n in (1, number):
+        status, out, err = run(n, *words, "--out_dir", tmp_path / str(n))
         assert status == 0 and out.count("step 2/3") == 1, err
-    assert_same(tmp_path / "1", tmp_path / "2")
-    assert_same(tmp_path / "1", tmp_path / "3")
+    assert_same(tmp_path / "1", tmp_path / str(number))
 
 
 def workers(process):
@@ -68,14 +70,15 @@ def wait_for(file, num_lines):
 
 @pytest.mark.parametrize("number, sent", [(signal.SIGTERM, 1), (signal.SIGKILL, 1), (signal.SIGKILL, 0)])
 def test_a_signal_to_one_process_ends_all_and_another_number_continues(number, sent, tmp_path):
-    assert run(1, *WORDS, "--out_dir", tmp_path / "whole")[0] == 0
-    process = start(2, *WORDS, "--out_dir", tmp_path / "run")
+    words = [*WORDS, "--micro_batch", "2"]
+    assert run(1, *words, "--out_dir", tmp_path / "whole")[0] == 0
+    process = start(3, *words, "--out_dir", tmp_path / "run")
     wait_for(tmp_path / "run" / "metrics.jsonl", 1)
     os.kill(workers(process)[sent], number)
     err = process.communicate(timeout=120)[1]
     assert process.returncode and f"exitcode  : {143 if number == signal.SIGTERM else -9}" in err, err
     assert torch.load(tmp_path / "run" / "ckpt" / "state.pt", weights_only=True)["step"] >= 0
-    assert run(3, "--resume", tmp_path / "run")[0] == 0
+    assert run(1, "--resume", tmp_path / "run")[0] == 0
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
