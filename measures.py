@@ -11,6 +11,7 @@ package mauve-text gives. What differs from it:
 Letters: B or N texts, T tokens, H features, D principal ones, S seeds, K clusters, W mixture weights, P permutations.
 """
 import collections
+import datetime
 import difflib
 import gzip
 import random
@@ -311,6 +312,16 @@ def policy_metrics(stats, roll, with_kl):
         found |= dict(kl=stats.kl.mean().item(), coherence=(stats.ref_logp[completion] > -10).float().mean().item(),
                       sampler_corr=torch.corrcoef(torch.stack([change, change + gap]))[0, 1].item())
     return found
+
+
+def progress(row, args, left):
+    """One line on a step, from its metrics. left: seconds to the end."""
+    step, kl, gap = row["step"], row.get("kl") or 0, row.get("gap_kl", 0)
+    name = f"step {step}/{args.num_steps}" if step >= 0 else f"warm-up {step + args.d_warmup + 1}/{args.d_warmup}"
+    doubt = f", below the sampler's own error of {gap:.4f}" if gap > kl > 0 else ""
+    return (f"{name} | reward {row['reward']:.3f} | p_real {row['p_real']:.2f} | length {row['length_score']:.2f} | "
+            f"d_acc {row['d_acc_real']:.2f} {row['d_acc_generated']:.2f} | kl {kl:.4f}{doubt} | "
+            f"{row['seconds']:.1f} s/step, {datetime.timedelta(seconds=int(left))} left")
 
 
 def self_bleu(texts, num_texts=100):

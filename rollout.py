@@ -17,6 +17,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from data import clip, opens_thinking, plain_encoder, prompt_ids, words
 from flags import UserError, first_line
@@ -261,6 +262,15 @@ class Writer:
                 completion = (roll.sampled[i] & ~roll.thinking[i]).nonzero()[:, 0]  # (n,) its positions
                 roll.sampled[i, completion[kept:]] = False
         return Samples(roll, texts, sizes, num_sampled)
+
+    def floor(self, stream, place):
+        """Records of what the untrained base writes for the windows in a range, a batch of them at a time."""
+        size = max(self.args.batch_size, 32)
+        for first in tqdm(place[::size], desc="floor"):
+            part = range(first, min(first + size, place.stop))
+            batch = [stream[i] for i in part]
+            steps = [i // self.args.batch_size for i in part]
+            yield self.records(steps, batch, self.write(batch, None, "floor", first))
 
     def records(self, steps, windows, samples, reward=None, p_real=None):
         """One dict per sequence, with its step: the lines of rollouts.jsonl and floor.jsonl."""

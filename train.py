@@ -128,19 +128,17 @@ def parse_flags(words=None):
 if __name__ == "__main__":
     args = parse_flags()  # before torch is imported: a mistyped flag must not wait for that
 
-    import datetime
     import pathlib
     import secrets
     import time
 
     import torch
-    from tqdm import tqdm
 
     from checkpoint import Signals, Tracker, explain_failures, lock, make_out_dir, pin, restore, save, write_args
     from data import plain_encoder, prompt_notes, prompt_template, windows
     from discriminator import make_judge
     from evaluate import evaluate
-    from measures import batch_metrics, check_featurizer, policy_metrics
+    from measures import batch_metrics, check_featurizer, policy_metrics, progress
     from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
     from plot import plot_runs
     from ranks import FIRST, everyone, join, leave, mine
@@ -201,16 +199,13 @@ if __name__ == "__main__":
     num_floor = min(args.floor_sequences, total)
     if num_floor and len(read_lines(out_dir / "floor.jsonl")) != num_floor:
         rows = []
-        for first in tqdm(range(total - num_floor, total, max(B, 32)), desc="floor"):
-            place = range(first, min(first + max(B, 32), total))
-            batch = [stream[i] for i in place]
-            rows += writer.records([i // B for i in place], batch, writer.write(batch, None, "floor", first))
+        for records in writer.floor(stream, range(total - num_floor, total)):
+            rows += records
             if signals.stop():
                 signals.leave("before the first step", out_dir)
         if FIRST:
             write_whole(out_dir / "floor.jsonl", json_lines(rows))
-        for record in rows[-3:]:
-            print(readable(f"the base writes: ...{record['prefix'][-60:]} | {record['completion'][:120]}"))
+        print("\n".join(readable(f"the base writes: ...{r['prefix'][-60:]} | {r['completion'][:120]}") for r in rows[-3:]))
         sampler.release()
 
     # -----------------------------------------------------------------------------
@@ -277,13 +272,8 @@ if __name__ == "__main__":
                 if name in files:  # verdicts are there with --disc reason only
                     files[name].write(json_lines(lines))
             tracker.log(step, row | d_metrics, records[:8])
-        kl, gap = row.get("kl") or 0, row.get("gap_kl", 0)
-        doubt = f", below the sampler's own error of {gap:.4f}" if gap > kl > 0 else ""
-        name = f"step {step}/{args.num_steps}" if step >= 0 else f"warm-up {step + args.d_warmup + 1}/{args.d_warmup}"
         left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
-        print(f"{name} | reward {row['reward']:.3f} | p_real {row['p_real']:.2f} | length {row['length_score']:.2f} | "
-              f"d_acc {d_acc_real:.2f} {d_acc_generated:.2f} | kl {kl:.4f}{doubt} | {t2 - t0:.1f} s/step, "
-              f"{datetime.timedelta(seconds=int(left))} left", flush=True)
+        print(progress(row, args, left), flush=True)
 
         # save
         due = args.save_every and (step + 1) % args.save_every == 0 and not skipped
