@@ -239,8 +239,8 @@ def is_allowed(action, value, every_choice):
     """Whether a flag, given as its argparse action, can have a value that was found in args.json."""
     kind = {int: "count", float: "number"}.get(action.type, "text")
     kind = "bool" if isinstance(action, argparse.BooleanOptionalAction) else kind
-    if value is None:  # train.py replaces None in three flags
-        return action.default is None and action.dest not in ("prefix_tokens", "reasoning_tokens", "merge")
+    if value is None:  # train.py replaces None in four flags
+        return action.default is None and action.dest not in ("prefix_tokens", "reasoning_tokens", "merge", "tis")
     if action.choices and (every_choice or action.dest in ("quant", "dtype", "adapters")):
         return value in action.choices
     return KINDS[kind](value) and (action.dest != "prompt" or value.count("{text}") == 1)
@@ -339,9 +339,14 @@ def check(args, given=()):
          f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences"),
         (0 < args.floor_sequences < 4, f"--floor_sequences {args.floor_sequences}: must be 0, or 4 and more"),
         (args.g_reward == "azr" and not reason, "--g_reward azr needs --disc reason; or choose prob or neglog"),
-        (args.g_reward == "neglog" and reason, "--g_reward neglog needs --disc head; with reason, choose azr or prob"),
+        (args.g_reward in ("neglog", "logit") and reason,
+         f"--g_reward {args.g_reward} needs --disc head; with reason, choose azr or prob"),
         (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool"}),
          "--d_loss and --d_pool are for --disc head; --disc reason learns by policy gradient; leave them out"),
+        (not args.kl_coef and typed & {"kl_agg", "kl_tau"}, "--kl_agg and --kl_tau have no effect with --kl_coef 0"),
+        (args.kl_agg != "mean" and not args.kl_tau, f"--kl_agg {args.kl_agg} needs --kl_tau, the KL that is free"),
+        ("ema_decay" in typed and args.baseline != "ema" and not args.adv_norm,
+         f"--ema_decay has no effect with --baseline {args.baseline} --no-adv_norm; leave it out"),
         (args.d_loss == "pair" and args.d_shuffle, "--d_shuffle shuffles labels, and --d_loss pair has none; use ce"),
         (not reason and (args.d_think_tokens is not None or "d_kl_coef" in typed),
          "--d_think_tokens and --d_kl_coef are for --disc reason; give it, or leave them out"),

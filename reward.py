@@ -21,6 +21,8 @@ def generator_reward(judged, length_scores, kind, d_scale):
 
     prob:   d_scale * p_real * length_score
     neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure
+    logit:  d_scale * (margin - lowest margin of the batch) * length_score, margin = log(p_real / (1 - p_real)): the raw
+            logit (GAD, arXiv 2511.10643), shifted so that none is negative
     azr:    d_scale * (1 - d_value if d_value > 1/8 else 0) * length_score (after arXiv 2505.03335, where a proposer
             earns 1 - the solver's pass rate, and 0 for what nobody solves)
     None is ever negative: a negative reward times a length score would pay for writing nothing.
@@ -29,6 +31,9 @@ def generator_reward(judged, length_scores, kind, d_scale):
         score = judged.p_real  # (B,)
     elif kind == "neglog":
         score = -judged.log_generated  # (B,)
+    elif kind == "logit":
+        margin = judged.p_real.log() - judged.log_generated  # (B,)
+        score = (margin - margin.where(margin.isfinite(), torch.inf).amin()).clamp(min=0)  # (B,)
     elif kind == "azr":
         score = torch.where(judged.d_value > AZR_LEAST, 1 - judged.d_value, 0.0)  # (B,)
     else:
@@ -37,26 +42,29 @@ def generator_reward(judged, length_scores, kind, d_scale):
 
 
 class Baseline:
-    """Moving averages of the batch's mean reward and of its squared distance from that average.
+    """What a reward is compared with, and moving averages of the batch's mean reward and of its squared distance from
+    what it is compared with.
 
-    The average that a batch is compared with is from before the batch, except that the first batch starts it. The
-    variance includes the batch, so that an advantage stays below sqrt(B / (1 - decay)) even if all rewards were equal
-    until now.
+    ema: the moving average from before the batch, except that the first batch starts it. loo: the mean of the batch's
+    other rewards (leave-one-out, arXiv 2402.14740). The variance includes the batch, so that an advantage stays below
+    sqrt(B / (1 - decay)) even if all rewards were equal until now.
     """
 
-    def __init__(self, decay, normalize):
-        self.decay, self.normalize, self.mean, self.variance, self.used = decay, normalize, None, None, None
+    def __init__(self, decay, normalize, kind="ema"):
+        self.decay, self.normalize, self.kind = decay, normalize, kind
+        self.mean, self.variance, self.used = None, None, None
 
     def advantages(self, reward, counts):
-        """reward (B,) minus the baseline, divided by the running standard deviation if normalize; 0 where a reward does
-        not count, by counts (B,) bool: (B,).
+        """reward (B,) minus what it is compared with, divided by the running standard deviation if normalize; 0 where
+        a reward does not count, by counts (B,) bool: (B,).
         """
-        new = reward[counts].mean().item()
-        self.used = new if self.mean is None else self.mean
-        variance = (reward - self.used)[counts].square().mean().item()
+        new, n = reward[counts].mean().item(), counts.sum().item()
+        self.used = new if self.mean is None or self.kind == "loo" else self.mean
+        compared = (n * new - reward) / (n - 1) if self.kind == "loo" and n > 1 else self.used  # (B,) or ()
+        variance = (reward - compared)[counts].square().mean().item()
         if math.isfinite(new) and math.isfinite(variance):  # neither is where nothing counts
             self.mean, self.variance = self.average(self.mean, new), self.average(self.variance, variance)
-        advantage = reward - self.used  # (B,)
+        advantage = reward - compared  # (B,)
         if self.normalize and self.variance is not None:
             advantage = advantage / (self.variance ** 0.5 + 1e-8)  # (B,)
         return torch.where(counts, advantage, 0.0)  # (B,)
@@ -69,6 +77,28 @@ class Baseline:
 
     def load_state_dict(self, state):
         self.mean, self.variance = state["mean"], state["variance"]
+
+
+def kl_barrier(kl, sizes, kl_agg, kl_tau):
+    """What the KL's coefficient multiplies (N,): for each token relu(level of its sequence - kl_tau).
+
+    kl: (N,), the sequences' tokens one after another; sizes: how many each has. A sequence's level is the mean of its
+    tokens' KL, or with kl_agg "rms" the root of their mean square, which a few incoherent tokens raise and a mean hides;
+    a kl_tau for one does not suit the other. With mean and 0 the KL itself is returned, which has the same sum.
+    """
+    if kl_agg == "mean" and kl_tau == 0:
+        return kl
+    levels = [part.mean() if kl_agg == "mean" else (part.square().mean() + 1e-8).sqrt()  # 1e-8: a root has no slope at 0
+              for part in kl.split(sizes) if len(part)]  # () each
+    kept = torch.tensor([n for n in sizes if n], device=kl.device)
+    return (torch.stack(levels) - kl_tau).relu().repeat_interleave(kept) if levels else kl  # (N,)
+
+
+def truncated_ratio(logp, sampler_logp, most):
+    """Importance weights (N,) of tokens that another distribution drew, min(p / p_sampler, most), without gradient
+    (truncated importance sampling). The sampler's rounding makes it another one; 0 stands for weights of 1.
+    """
+    return (logp - sampler_logp).detach().exp().clamp(max=most) if most else torch.ones_like(logp)  # (N,)
 
 
 def policy_loss(logp, kl, advantage, kl_coef, num_positions):

@@ -64,15 +64,22 @@ def flags(words=None):
     add("--echo_tokens", type=int, default=16, help="extra tokens for an echo of the prefix, and words of it (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
-    add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
+    add("--g_reward", choices=["prob", "neglog", "logit", "azr"], default="prob",
+        help="p_real, -log(1 - p_real), the discriminator's logit, or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
+    add("--kl_agg", choices=["mean", "rms"], default="mean", help="a sequence's KL, which --kl_tau limits, from its tokens'")
+    add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
+    add("--baseline", choices=["ema", "loo"], default="ema",
+        help="what rewards are compared with: their moving average, or the mean of the others of the batch")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
     add("--merge", action=Switch, default=None,
         help="sample from merged weights; in 16 bits rounding loses small changes (default: in fp32 only)")
     add("--sampler", default=None, help="URL of a vLLM server that samples (default: this process)")
+    add("--tis", type=float, default=None,
+        help="limit of importance weights, learner over sampler (0: no weights; default: 2 with --sampler, else 0)")
     add = parser.add_argument_group("discriminator").add_argument
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
@@ -119,7 +126,7 @@ def parse_flags(words=None):
     if args.resume:
         args = parser.resumed(args, MAY_CHANGE)
     for name, default in dict(prefix_tokens=args.completion_tokens, reasoning_tokens=256,
-                              merge=args.dtype == "fp32").items():
+                              merge=args.dtype == "fp32", tis=2.0 if args.sampler else 0.0).items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     check(args, parser.given())
     return args
@@ -142,7 +149,7 @@ if __name__ == "__main__":
     from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
     from plot import plot_runs
     from ranks import FIRST, everyone, join, leave, mine
-    from reward import Baseline, generator_reward, length_score, policy_loss
+    from reward import Baseline, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
     from rollout import Writer, probe, sampled_stats
     from sampler import Sampler
     from served import Served
@@ -176,7 +183,7 @@ if __name__ == "__main__":
     discriminator.optimize(args.d_lr, args, judge.parameters())
 
     # what the loop changes: players, head, baseline, step; sampling and data are functions of seed and position
-    baseline, first_step = Baseline(args.ema_decay, args.adv_norm), -args.d_warmup
+    baseline, first_step = Baseline(args.ema_decay, args.adv_norm, args.baseline), -args.d_warmup
     if args.resume:
         out_dir = pathlib.Path(args.resume)
         lock(out_dir)
@@ -235,8 +242,10 @@ if __name__ == "__main__":
             advantage, g_loss, parts = baseline.advantages(reward, judged.counts), 0.0, []  # (B,)
             for rows in micro_batches(mine(range(B)), args.micro_batch):
                 stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
-                weights = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
-                loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, B * (R + C))  # ()
+                sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
+                weights = advantage[rows].repeat_interleave(sizes) * truncated_ratio(stats.logp, drawn, args.tis)  # (N,)
+                penalty = kl_barrier(stats.kl, sizes.tolist(), args.kl_agg, args.kl_tau)  # (N,)
+                loss = policy_loss(stats.logp, penalty, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 g_loss += loss.item()
                 parts.append([x.detach() for x in stats])

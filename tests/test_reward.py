@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from discriminator import Judged
-from reward import REAL, Baseline, generator_reward, length_score, policy_loss
+from reward import REAL, Baseline, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
 
 
 def test_length_score_is_n_over_the_budget_and_at_most_one():
@@ -34,6 +34,14 @@ def test_reward_rises_with_p_real_is_never_negative_and_stays_finite(kind):
     rewards = [reward_of(kind, logits=logits) for logits in ((40.0, -40.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0))]
     assert rewards[0] >= 0 and rewards == sorted(rewards) and len(set(rewards)) == 4
     assert reward_of(kind, logits=(-200.0, 200.0)) == pytest.approx(1.0 if kind == "prob" else 400.0)
+
+
+def test_the_logit_is_the_margin_above_the_lowest_of_the_batch_and_an_empty_text_earns_nothing():
+    logps = torch.tensor([[0.0, 3.0], [0.0, -1.0], [20.0, -20.0], [0.0, -torch.inf]]).log_softmax(-1)  # (4, 2)
+    read = torch.tensor([True, True, True, False])
+    judged = Judged([0, 1, 2], read, read, logps[:, REAL].exp(), logps[:, 1 - REAL], None, None, None)
+    got = generator_reward(judged, torch.tensor([0.5, 1, 1, 1]), "logit", 2.0)
+    assert got.tolist() == pytest.approx([2 * 0.5 * (3 + 40), 2 * (40 - 1), 0, 0])
 
 
 @pytest.mark.parametrize("d_value, wanted", [(0.0, 0.0), (0.125, 0.0), (0.126, 0.874), (0.5, 0.5), (1.0, 0.0)])
@@ -66,6 +74,15 @@ def test_the_baseline_equals_the_table_and_its_state_is_all_there_is(normalize):
             assert (one.used, one.mean, one.variance) == pytest.approx((used, mean, variance))
 
 
+@pytest.mark.parametrize("counts, wanted", [([1, 1, 1, 1, 0, 1], [1 - 6, 3 - 5.5, 5 - 5, 7 - 4.5, 0, 9 - 4]),
+                                            ([0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0])])  # alone: nothing to compare with
+def test_leave_one_out_compares_a_reward_with_the_mean_of_the_others_that_count(counts, wanted):
+    reward, counts = torch.tensor([1.0, 3, 5, 7, 99, 9]), torch.tensor(counts) > 0
+    baseline = Baseline(0.9, False, "loo")
+    assert baseline.advantages(reward, counts).tolist() == pytest.approx(wanted)
+    assert baseline.used == pytest.approx(reward[counts].mean().item())
+
+
 @pytest.mark.parametrize("reward, counts", [([1.0, 2.0], [0, 0]), ([math.nan, 1.0], [1, 1]), ([math.inf, 1.0], [1, 1])])
 def test_a_first_batch_without_a_finite_mean_leaves_the_baseline_unset(reward, counts):
     baseline, counts = Baseline(0.9, True), torch.tensor(counts) > 0
@@ -78,6 +95,27 @@ def test_normalised_advantages_are_bounded_where_all_rewards_were_equal_before()
     assert not baseline.advantages(torch.full((4,), 0.5), all_count).any()
     advantages = baseline.advantages(torch.tensor([0.5, 0.5, 0.5, 0.75]), all_count)  # (4,)
     assert advantages[3].item() == pytest.approx((4 / 0.1) ** 0.5, rel=1e-3)  # sqrt(B / (1 - decay))
+
+
+@pytest.mark.parametrize("kl_agg, level", [("mean", 2), ("rms", (24 / 4 + 1e-8) ** 0.5)])
+def test_the_barrier_charges_what_exceeds_it_and_its_gradient_is_the_exact_one(kl_agg, level):
+    kl = torch.tensor([0.0, 4, 2, 2, 0.5], dtype=torch.double, requires_grad=True)  # sequences of 4, 0 and 1 tokens
+    assert kl_barrier(kl, [4, 0, 1], kl_agg, 1.0).tolist() == pytest.approx([level - 1] * 4 + [0])
+    assert torch.autograd.gradcheck(lambda x: kl_barrier(x, [4, 0, 1], kl_agg, 1.0).sum(), kl + torch.arange(5) / 1e3)
+    assert torch.equal(kl_barrier(kl, [4, 0, 1], "mean", 0.0), kl)
+
+
+def test_the_barrier_is_finite_at_zero_and_where_nothing_was_sampled():
+    kl = torch.zeros(3, requires_grad=True)
+    kl_barrier(kl, [3], "rms", 0.0).sum().backward()
+    assert kl.grad.isfinite().all() and kl_barrier(kl[:0], [0, 0], "rms", 0.1).shape == (0,)
+
+
+def test_importance_weights_are_ratios_cut_off_above_and_carry_no_gradient():
+    logp = torch.tensor([-1.0, -1.0, -3.0], requires_grad=True)
+    found = truncated_ratio(logp, torch.tensor([-1.0, -2.0, -2.0]), 2.0)
+    assert found.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)]) and not found.requires_grad
+    assert truncated_ratio(logp, torch.zeros(3), 0).tolist() == [1, 1, 1]
 
 
 def test_policy_loss_and_its_gradient_equal_hand_values():
