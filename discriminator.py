@@ -70,9 +70,9 @@ def make_judge(args, player, sampler):
 
 
 def training_labels(args, shown, B, device, first):
-    """Labels (B, 2) to learn for real and generated text; with --d_shuffle those of a random half of the pairs are swapped.
+    """Labels (B, 2) to learn for real and generated text; --d_shuffle swaps those of a random half of the pairs.
 
-    It must be half of each batch: a few more right labels than wrong ones teach what is real, where that is easy to see.
+    It must be half of each batch: a few more right labels than wrong ones teach what is real, where that is obvious.
     """
     labels, rng = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1), rng_for(args.seed, "shuffle", first)
     if args.d_shuffle:

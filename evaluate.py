@@ -251,21 +251,13 @@ def sample_fresh(run, num_sequences, generator):
 
 
 def truth_nats(model, writer, windows, thoughts):
-    """Mean nats a token of each window's truth, as the completion after a thought (B lists of ids): B numbers. They are
-    those of the policy: at the run's temperature, without the forbidden ids.
-    """
+    """Mean nats a token of each window's truth, as the completion after a thought (B lists of ids): B numbers."""
     import torch
-    from model import micro_batches, pad, token_stats
-    from rollout import COMPLETION
-    rows, found = [writer.truth_ids(*pair) for pair in zip(windows, thoughts)], []
-    for part in micro_batches(rows, writer.args.micro_batch or writer.args.batch_size):
-        ids = pad([before + truth for before, truth in part], writer.rules.pad, model.device)  # (b, T)
-        marks = pad([[False] * len(before) + [True] * len(truth) for before, truth in part], False, model.device,
-                    torch.bool)  # (b, T)
+    from model import micro_batches
+    found = []
+    for rows in micro_batches([*zip(windows, thoughts)], writer.args.micro_batch or writer.args.batch_size):
         with torch.no_grad():
-            logp = token_stats(model, ids, marks, writer.rules.blocked, torch.full_like(ids, COMPLETION),
-                               writer.args.temperature).logp  # (N,)
-        found += [-logps.mean().item() for logps in logp.split(marks.sum(1).tolist())]
+            found += [-logps.mean().item() for logps in writer.truth_logps(model, *zip(*rows))]
     return found
 
 

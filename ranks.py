@@ -9,8 +9,8 @@ What differs from textbook data parallelism:
 2. A loss is a sum over rows, divided by constants of the whole batch. So gradients are summed, once an update, before
    they are clipped, and every process makes the same update.
 3. Only sampling and the passes of the learner are divided. What they give is small, all processes gather it, and each
-   computes rewards, baseline and metrics of the whole batch. Random numbers are keyed by row, so the number of processes
-   changes nothing but rounding.
+   computes rewards, baseline and metrics of the whole batch. Random numbers are keyed by row, so that the number of
+   processes changes nothing but rounding.
 """
 import os
 
@@ -28,7 +28,7 @@ def join(args):
     if WORLD == 1:
         return args.device
     if args.batch_size < WORLD:
-        raise UserError(f"--batch_size {args.batch_size}: {WORLD} processes need a sequence each; raise it, or start fewer")
+        raise UserError(f"--batch_size {args.batch_size}: {WORLD} processes need one each; raise it, or start fewer")
     if ":" in args.device:
         raise UserError(f"--device {args.device} is one GPU, and {WORLD} processes take one each; give cuda or cpu")
     if not FIRST:

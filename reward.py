@@ -83,12 +83,12 @@ def kl_barrier(kl, sizes, kl_agg, kl_tau):
     """What the KL's coefficient multiplies (N,): for each token relu(level of its sequence - kl_tau).
 
     kl: (N,), the sequences' tokens one after another; sizes: how many each has. A sequence's level is the mean of its
-    tokens' KL, or with kl_agg "rms" the root of their mean square, which a few incoherent tokens raise and a mean hides;
-    a kl_tau for one does not suit the other. With mean and 0 the KL itself is returned, which has the same sum.
+    tokens' KL, or with kl_agg "rms" the root of their mean square: a few incoherent tokens raise that, and a mean hides
+    them. A kl_tau for one does not suit the other. With mean and 0 the KL itself is returned, which has the same sum.
     """
     if kl_agg == "mean" and kl_tau == 0:
         return kl
-    levels = [part.mean() if kl_agg == "mean" else (part.square().mean() + 1e-8).sqrt()  # 1e-8: a root has no slope at 0
+    levels = [part.mean() if kl_agg == "mean" else (part.square().mean() + 1e-8).sqrt()  # a root has no slope at 0
               for part in kl.split(sizes) if len(part)]  # () each
     kept = torch.tensor([n for n in sizes if n], device=kl.device)
     return (torch.stack(levels) - kl_tau).relu().repeat_interleave(kept) if levels else kl  # (N,)

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from data import clip, opens_thinking, plain_encoder, prompt_ids, words
-from flags import UserError, first_line
-from model import (FORBIDDEN, adapter_parameters, causal_lm, divisor, head_weights, micro_batches, pad, token_stats,
-                   untrained, without_adapters)
+from data import clip, opens_thinking, plain_encoder, prompt_ids, prompt_notes, words
+from flags import UserError, first_line, readable
+from model import (FORBIDDEN, adapter_parameters, causal_lm, divisor, head_weights, located, micro_batches, pad,
+                   token_stats, untrained, without_adapters)
 from ranks import everyone, mine
 from reward import length_score
 
@@ -236,6 +236,17 @@ class Writer:
         goes_on = self.args.prompt.endswith("{text}") and not len(self.rules.close)
         return before, self.encode(window.sep * goes_on + window.truth)[0][:self.args.completion_tokens]
 
+    def truth_logps(self, model, windows, thoughts):
+        """Log-probs (n,) of each window's truth, as the completion after a thought (B lists of ids), under the active
+        adapter: B tensors, at the run's temperature and without the forbidden ids.
+        """
+        rows = [self.truth_ids(*pair) for pair in zip(windows, thoughts)]
+        ids = pad([before + truth for before, truth in rows], self.rules.pad, model.device)  # (B, T)
+        marks = [[False] * len(before) + [True] * len(truth) for before, truth in rows]
+        mask, kind = pad(marks, False, ids.device, torch.bool), torch.full_like(ids, COMPLETION)  # (B, T) each
+        stats = token_stats(model, ids, mask, self.rules.blocked, kind, self.args.temperature)  # (N,) each
+        return stats.logp.split(mask.sum(1).tolist())
+
     def decode(self, ids):
         """Text of ids; a character that is cut in two at the end is left out."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
@@ -270,7 +281,9 @@ class Writer:
             part = range(first, min(first + size, place.stop))
             batch = [stream[i] for i in part]
             steps = [i // self.args.batch_size for i in part]
-            yield self.records(steps, batch, self.write(batch, None, "floor", first))
+            yield (rows := self.records(steps, batch, self.write(batch, None, "floor", first)))
+        for row in rows[-3:]:
+            print(readable(f"the base writes: ...{row['prefix'][-60:]} | {row['completion'][:120]}"))
 
     def records(self, steps, windows, samples, reward=None, p_real=None):
         """One dict per sequence, with its step: the lines of rollouts.jsonl and floor.jsonl."""
@@ -326,7 +339,8 @@ def gather(prompts, written, rules):
     think = [[i for i, yes in zip(row.ids, row.thinking) if yes and i != rules.think_end] for row in written]
     reply = [[i for i, yes, no in zip(row.ids, row.sampled, row.thinking) if yes and not no and i not in stop]
              for row in written]
-    closed, broken = (torch.tensor([getattr(row, key) for row in written], device=device) for key in ("closed", "broken"))
+    closed, broken = (torch.tensor([getattr(row, key) for row in written], device=device)
+                      for key in ("closed", "broken"))  # (B,) each
     return Rollout(ids, sampled, thinking, logps, closed, broken, think, reply, len(os.path.commonprefix(prompts)))
 
 
@@ -347,7 +361,15 @@ def strip_echo(reply, prefix, max_words):
 
 
 # -----------------------------------------------------------------------------
-# a check of the model before the run
+# before the run
+
+def notes(args, tokenizer, usual):
+    """Warnings about flags that do not suit each other, one line each. usual: the preset's defaults, by name."""
+    lines = prompt_notes(args.prompt, tokenizer, args.reasoning_tokens)
+    if located(args.model)[0] != located(usual("model"))[0] and args.g_lr == usual("g_lr"):
+        lines.append(f"--g_lr {args.g_lr:g} was found for {usual('model')}; docs/results.md has rates for other sizes")
+    return lines
+
 
 def probe(writer, player, windows, judge=None):
     """Refuse a model that the run would score wrongly: sample, score, train and judge three sequences as the run will.

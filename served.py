@@ -99,8 +99,8 @@ class Served:
         def draw(prompt, kind, seed, budget, stop):
             """Ids of at most `budget` tokens, a stop id included, and their log-probs."""
             answer = self.ask(
-                "/v1/completions", model=self.name, prompt=prompt, max_tokens=budget, temperature=temperature, seed=seed,
-                top_p=1.0, top_k=0, logit_bias=bias[kind], stop_token_ids=stop, ignore_eos=True, detokenize=False,
+                "/v1/completions", model=self.name, prompt=prompt, seed=seed, max_tokens=budget, top_p=1.0, top_k=0,
+                temperature=temperature, logit_bias=bias[kind], stop_token_ids=stop, ignore_eos=True, detokenize=False,
                 return_token_ids=True, logprobs=0)["choices"][0]
             return answer["token_ids"], answer["logprobs"]["token_logprobs"]
 

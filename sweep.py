@@ -219,8 +219,8 @@ class Sweep:
             launcher = shlex.split(self.args.launcher)  # it chooses the machine and the GPU, if there is one
             env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if self.args.jobs > 1 and not launcher else {})
             with open(log, "ab") as out:  # a separate session, so that Ctrl-C reaches the run once, through us
-                process = subprocess.Popen([*launcher, *TRAIN, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                           env=env, start_new_session=True)
+                process = subprocess.Popen([*launcher, *TRAIN, *words], env=env, stdin=subprocess.DEVNULL, stdout=out,
+                                           stderr=out, start_new_session=True)
             while (code := process.poll()) is None:
                 if passed_on < len(self.stop):  # srun passes SIGUSR1 on, and takes SIGTERM for itself
                     process.send_signal(signal.SIGUSR1 if launcher else signal.SIGTERM)
@@ -289,7 +289,7 @@ def main(argv):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to {most}")
     if args.launcher and not shutil.which((shlex.split(args.launcher) or [""])[0]):
-        raise UserError(f"--launcher {args.launcher}: its first word is no program here; give a command such as srun -n1")
+        raise UserError(f"--launcher {args.launcher}: its first word is not a program here; give one such as srun -n1")
     given, factors = flags(words).parse_args(), read_factors(args.factors)
     fixed = {f"--{name}" for name in ("seed", "out_dir", "resume", *(f.name for f in factors))}
     if clash := sorted(fixed & {word.split("=")[0] for word in words}):

@@ -22,7 +22,7 @@ $ python train.py --resume out/demo-1                   # continue a stopped run
 """
 from argparse import BooleanOptionalAction as Switch
 
-from flags import Parser, Run, check, json_lines, read_lines, readable, short, write_whole
+from flags import Parser, Run, check, json_lines, read_lines, short, write_whole
 
 # a preset only changes defaults; any flag still wins
 DEMO = dict(
@@ -68,26 +68,23 @@ def flags(words=None):
         help="p_real, -log(1 - p_real), the discriminator's logit, or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
-    add("--kl_agg", choices=["mean", "rms"], default="mean", help="a sequence's KL, which --kl_tau limits, from its tokens'")
+    add("--kl_agg", choices=["mean", "rms"], default="mean", help="a sequence's KL, for --kl_tau, from its tokens'")
     add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
-    add("--baseline", choices=["ema", "loo"], default="ema",
-        help="what rewards are compared with: their moving average, or the mean of the others of the batch")
+    add("--baseline", choices=["ema", "loo"], default="ema", help="moving average, or mean of a batch's other rewards")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
+    add("--ce_coef", type=float, default=0.0, help="weight of the truth's cross-entropy, which decays to 0 (0: off)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
-    add("--merge", action=Switch, default=None,
-        help="sample from merged weights; in 16 bits rounding loses small changes (default: in fp32 only)")
+    add("--merge", action=Switch, default=None, help="sample from merged weights (default: only in fp32)")
     add("--sampler", default=None, help="URL of a vLLM server that samples (default: this process)")
-    add("--tis", type=float, default=None,
-        help="limit of importance weights, learner over sampler (0: no weights; default: 2 with --sampler, else 0)")
+    add("--tis", type=float, default=None, help="limit of importance weights (0: none; default: 2 with --sampler)")
     add = parser.add_argument_group("discriminator").add_argument
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
     add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy per text, or Bradley-Terry per pair")
     add("--d_loss_scale", type=float, default=1.0, help="factor on the loss; acts only through --grad_clip")
     add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last hidden state or the mean")
-    add("--d_think_tokens", type=int, default=None,
-        help="thinking budget of --disc reason (default: same as --reasoning_tokens)")
+    add("--d_think_tokens", type=int, default=None, help="thinking budget of --disc reason (default: the generator's)")
     add("--d_kl_coef", type=float, default=0.2, help="weight of the KL of --disc reason (0: off)")
     add("--d_warmup", type=int, default=0, help="steps before step 0 that train the discriminator alone")
     add("--d_shuffle", action=Switch, default=False, help="control: train the discriminator on shuffled labels")
@@ -142,15 +139,15 @@ if __name__ == "__main__":
     import torch
 
     from checkpoint import Signals, Tracker, explain_failures, lock, make_out_dir, pin, restore, save, write_args
-    from data import plain_encoder, prompt_notes, prompt_template, windows
+    from data import plain_encoder, prompt_template, windows
     from discriminator import make_judge
     from evaluate import evaluate
     from measures import batch_metrics, check_featurizer, policy_metrics, progress
-    from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
+    from model import TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
     from plot import plot_runs
     from ranks import FIRST, everyone, join, leave, mine
     from reward import Baseline, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
-    from rollout import Writer, probe, sampled_stats
+    from rollout import Writer, notes, probe, sampled_stats
     from sampler import Sampler
     from served import Served
 
@@ -166,10 +163,8 @@ if __name__ == "__main__":
     args.prompt = prompt_template(args.prompt, tokenizer)
     stream = windows(args, plain_encoder(tokenizer))
     args.data_revision = stream.revision  # a run can be resumed only on the data that it began with
-    notes, usual = prompt_notes(args.prompt, tokenizer, R), flags(["--preset", args.preset]).get_default
-    if located(args.model)[0] != located(usual("model"))[0] and args.g_lr == usual("g_lr"):
-        notes.append(f"--g_lr {args.g_lr:g} was found for {usual('model')}; docs/results.md has rates for other sizes")
-    print("\n".join([stream.summary(), *notes]), flush=True)
+    hints = notes(args, tokenizer, flags(["--preset", args.preset]).get_default)
+    print("\n".join([stream.summary(), *hints]), flush=True)
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
@@ -198,8 +193,8 @@ if __name__ == "__main__":
         save(out_dir, first_step, players, judge, baseline, stream, files.values())
     write_args(out_dir, args, device)
     signals, tracker = Signals(), Tracker(args, out_dir)  # from here on the run can be resumed
-    num_trained = sum(p.numel() for p in {*generator.params, *discriminator.params})
-    print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained parameters", flush=True)
+    size = sum(p.numel() for p in {*generator.params, *discriminator.params})
+    print(f"{out_dir}: {args.model} on {device}, {size:,} trained parameters", flush=True)
 
     # the floor: what the untrained base (adapter None) writes for the very prefixes that the run will end with
     total = args.num_steps * B
@@ -212,7 +207,6 @@ if __name__ == "__main__":
                 signals.leave("before the first step", out_dir)
         if FIRST:
             write_whole(out_dir / "floor.jsonl", json_lines(rows))
-        print("\n".join(readable(f"the base writes: ...{r['prefix'][-60:]} | {r['completion'][:120]}") for r in rows[-3:]))
         sampler.release()
 
     # -----------------------------------------------------------------------------
@@ -243,16 +237,19 @@ if __name__ == "__main__":
             for rows in micro_batches(mine(range(B)), args.micro_batch):
                 stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
                 sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
-                weights = advantage[rows].repeat_interleave(sizes) * truncated_ratio(stats.logp, drawn, args.tis)  # (N,)
+                weights = truncated_ratio(stats.logp, drawn, args.tis) * advantage[rows].repeat_interleave(sizes)
                 penalty = kl_barrier(stats.kl, sizes.tolist(), args.kl_agg, args.kl_tau)  # (N,)
                 loss = policy_loss(stats.logp, penalty, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
+                if args.ce_coef:  # teacher forcing: the truth after the same thinking, with a weight that decays
+                    true = writer.truth_logps(generator.model, [batch[i] for i in rows], [roll.think[i] for i in rows])
+                    generator.backward(-args.ce_coef * lr_factor * torch.cat(true).sum() / (B * C))
                 g_loss += loss.item()
                 parts.append([x.detach() for x in stats])
-            all_stats = TokenStats(*map(everyone, map(torch.cat, zip(*parts))))  # (N,) each
+            stats = TokenStats(*map(everyone, map(torch.cat, zip(*parts))))  # (N,) each
             row |= dict(baseline=baseline.used, advantage_sd=advantage[judged.counts].std(correction=0).item(),
                         g_loss=sum(everyone([g_loss])), g_grad_norm=generator.step(lr_factor),
-                        **policy_metrics(all_stats, roll, with_kl))
+                        **policy_metrics(stats, roll, with_kl))
 
         # discriminator step: cross-entropy on the real and the generated text of every prefix
         discriminator.activate()

@@ -21,6 +21,7 @@ BAD = """
 --device cuda:x         --out_dir README.md     --save_every -1         --d_model ./no/folder   --d_kl_coef inf
 --resume no/such/run    --resume=               --merge never           --grad_ckpt 2           --optim sgd
 --kl_agg sum            --kl_tau -1             --baseline mean         --tis -1                --sampler gpu:8000
+--ce_coef inf
 --track mlflow          --prompt=               --deterministic yes     --seed 99999999999999999999
 --g-lr 1                -g_lr 3                 --stepz 3               --rnk 3
 """.strip()
