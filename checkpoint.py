@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from flags import Run, UserError, digest, first_line, read_json, resume_command, write_whole
 from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, digests, load_adapter, load_players, located, pinned
-from ranks import FIRST, RANK, WORLD, agreed, everyone
+from ranks import FIRST, agreed, everyone, size
 
 FORMAT = 3
 
@@ -254,10 +254,11 @@ def make_out_dir(out_dir, preset):
 
 def lock(out_dir):
     """Lock a run's folder until this process ends; a folder that another process has locked is refused."""
+    if not FIRST:
+        return
     number = os.open(out_dir, os.O_RDONLY)  # stays open, as closing it would unlock
     try:
-        if FIRST:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{out_dir} is in use by another process; wait until that has ended") from None
     except OSError:
@@ -278,7 +279,7 @@ def provenance(device):
     changes = git("status", "--porcelain")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return dict(command=sys.argv, versions={"python": platform.python_version(), **versions}, device=name,
-                commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
+                processes=size(), commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
 
 
 def pin(args):
@@ -302,12 +303,13 @@ def pin(args):
 
 def write_args(out_dir, args, device):
     """Write args.json: the flags, and what the run can be traced by; for a resumed run, add what it continues with."""
+    if not FIRST:
+        return
     path = pathlib.Path(out_dir) / "args.json"
     info = read_json(path) or {"args": vars(args), "digest": digest(vars(args)), **provenance(device)}
     if args.resume:
         info["resumed"] = info.get("resumed", []) + [provenance(device)]
-    if FIRST:
-        write_whole(path, json.dumps(info, indent=2) + "\n")
+    write_whole(path, json.dumps(info, indent=2) + "\n")
 
 
 class Tracker:
@@ -350,8 +352,9 @@ class Tracker:
 # early ends
 
 class Signals:
-    """Keeps the first signal's number, which the loop asks for; a second signal ends the process at once. Among several
-    processes one that has a signal stops all, and torchrun, which passes on a second one, ends them after a while.
+    """Keeps a signal's number, which the loop asks for; a second signal ends the process at once.
+
+    Of several processes, a signal to any stops all, and torchrun ends those that take too long.
     """
 
     def __init__(self):
@@ -363,14 +366,16 @@ class Signals:
     def note(self, number, frame):
         self.number = number
         message = f"\n{signal.Signals(number).name}: finishing this step; once more to stop at once\n"
-        os.write(2, message.encode())  # print is not safe here: it may be running already
-        for other in self.before if WORLD == 1 else ():
-            signal.signal(other, signal.SIG_DFL)
+        if size() == 1:
+            os.write(2, message.encode())  # print is not safe here: it may be running already
+            for other in self.before:
+                signal.signal(other, signal.SIG_DFL)
 
     def stop(self):
         """The number of a signal that any process has received, else 0."""
-        self.number = max(everyone([self.number]))
-        return self.number
+        number = max(everyone([self.number]))
+        self.number = number or self.number  # one may have come meanwhile
+        return number
 
     def restore(self):
         for number, handler in self.before.items():
@@ -403,7 +408,7 @@ def explain_failures(out_dir=None):
             status, message = 2, f"{out_dir or 'a file'} cannot be written ({first_line(error)}); make room{resume}"
         else:
             return sys.__excepthook__(kind, error, trace)
-        UserError(message) if FIRST else print(f"error: process {RANK}: {message}", file=sys.stderr)
+        UserError(message, own=True)  # prints it
         sys.stdout.flush()
         os._exit(status)  # at once: what is left in a file's buffer cannot be written either
     sys.excepthook = hook

@@ -18,17 +18,21 @@ import sys
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: OpenMP threads that spin stall shared cores
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
          "4bit": "nf4", "8bit": "int8", "no": "none"}  # other names of the values of --dtype and --quant
+RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # this process's number under torchrun
 POSITIVE = "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale grad_clip".split()
 
 
 class UserError(SystemExit):
-    """A user's mistake: one line on standard error that says what was given, what is allowed, which flag to change."""
+    """A user's mistake: one line on standard error that says what was given, what is allowed, which flag to change.
 
-    def __init__(self, message, status=2):
+    Of several processes the first one prints it; the others do where it is their own failure.
+    """
+
+    def __init__(self, message, status=2, own=False):
         super().__init__(status)
         self.message = escaped(" ".join(str(message).split()))
-        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
-            print(f"error: {self.message}", file=sys.stderr)
+        if RANK == 0 or own:
+            print(f"error: {f'process {RANK}: ' * (RANK > 0)}{self.message}", file=sys.stderr)
 
 
 def escaped(text):
@@ -327,13 +331,14 @@ def check_values(args, positive):
                         f"{resume_command(out_dir)}")
 
 
-def check(args, given=()):
+def check(args, given={}):
     """Refuse train.py's flags where they are out of range, contradictory, or without effect.
 
     given: Parser.given(); a flag without effect is a mistake only where it was typed.
     """
     check_values(args, POSITIVE)
     reason, typed, data = args.disc == "reason", {flag.removeprefix("--") for flag in given}, args.data
+    served = args.sampler != "none"
     for wrong, message in (
         (args.num_steps * args.batch_size < 4 and args.seeds,
          f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences"),
@@ -359,10 +364,10 @@ def check(args, given=()):
          f"--text_field has no effect on --data {data}, which has no fields; leave it out"),
         (args.d_model and args.adapters == "shared",
          f"--d_model {args.d_model}: two models cannot share an adapter; give --adapters separate"),
-        (args.sampler and not args.sampler.startswith(("http://", "https://")),
-         f"--sampler {args.sampler}: must be the URL of a vLLM server, such as http://127.0.0.1:8000"),
-        (args.sampler and args.temperature > 2, f"--temperature {args.temperature}: a vLLM server allows at most 2"),
-        (args.sampler and "merge" in typed, "--merge has no effect with --sampler; leave it out"),
+        (served and not args.sampler.startswith(("http://", "https://")),
+         f"--sampler {args.sampler}: must be none, or the URL of a vLLM server, such as http://127.0.0.1:8000"),
+        (served and args.temperature > 2, f"--temperature {args.temperature}: a vLLM server allows at most 2"),
+        (served and not args.d_model and "merge" in given.values(), "--merge has no effect with --sampler; drop it"),
         (args.track != "none" and importlib.util.find_spec(args.track) is None,
          f"--track {args.track}: the package is not installed; pip install {args.track}"),
         (not (data in ("pile", "demo") or data.startswith("hub:") or pathlib.Path(data).exists()),

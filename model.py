@@ -268,6 +268,7 @@ class Player:
         self.params = adapter_parameters(self.model, self.adapter) + list(head)
         self.optimizer = Adam(self.params, lr=lr, betas=(args.beta1, args.beta2))
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=args.dtype == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # makes its state, where a process has no rows at first
 
     def backward(self, loss):
         self.scaler.scale(loss).backward()

@@ -1,5 +1,5 @@
 """
-Several processes, one run: each holds the whole model and takes its part of every batch. Alone, this file does nothing.
+Several processes, one run: each holds the whole model and takes its part of every batch. With one, nothing is done.
 
     torchrun --nproc_per_node 4 train.py --batch_size 96 --micro_batch 24
 
@@ -17,22 +17,29 @@ import os
 import torch
 import torch.distributed as dist
 
-from flags import UserError
+from flags import RANK, UserError, first_line
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0  # the process that prints and writes
 
 
+def size():
+    """The number of processes that have met."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def join(args):
-    """Meet the other processes. Returns the name of this one's device."""
-    if WORLD == 1:
+    """Meet the other processes, if torchrun has started several. Returns the name of this one's device."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return args.device
-    if args.batch_size < WORLD:
-        raise UserError(f"--batch_size {args.batch_size}: {WORLD} processes need one each; raise it, or start fewer")
+    world, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if args.batch_size < world:
+        raise UserError(f"--batch_size {args.batch_size}: {world} processes need one each; raise it, or start fewer")
     if ":" in args.device:
-        raise UserError(f"--device {args.device} is one GPU, and {WORLD} processes take one each; give cuda or cpu")
+        raise UserError(f"--device {args.device} is one GPU, and {world} processes take one each; give cuda or cpu")
+    if args.device == "cuda" and torch.cuda.device_count() < here:
+        raise UserError(f"--device cuda: {here} processes need a GPU each, and there are {torch.cuda.device_count()}; "
+                        "start fewer, or give --device cpu")
     if not FIRST:
-        os.environ["TQDM_DISABLE"] = "1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     return f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
@@ -40,23 +47,26 @@ def join(args):
 
 def mine(rows):
     """This process's part of a list or a range, in order; parts differ by at most one row."""
-    return rows[len(rows) * RANK // WORLD:len(rows) * (RANK + 1) // WORLD]
+    n, k = size(), RANK if size() > 1 else 0
+    return rows[len(rows) * k // n:len(rows) * (k + 1) // n]
 
 
 def together(collective, *arguments, **options):
     """A collective of torch.distributed; one line where another process has ended."""
     try:
         return collective(*arguments, **options)
-    except RuntimeError:
-        raise UserError("another process of this run has ended, so this one ends; --resume continues from the last "
-                        "checkpoint", 1) from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(f"the other processes of this run do not answer ({first_line(error)[:200]}); --resume goes on "
+                        "from the last checkpoint", 1) from None
 
 
 def everyone(part):
-    """The parts of all processes, in order: of lists a list, of tensors (n, ...) a tensor (B, ...)."""
-    if WORLD == 1:
+    """The parts of all processes in order: lists are joined to a list, tensors (n, ...) to a tensor (B, ...)."""
+    if size() == 1:
         return part
-    parts = [None] * WORLD
+    parts = [None] * size()
     together(dist.all_gather_object, parts, part.cpu() if torch.is_tensor(part) else part)
     return torch.cat(parts).to(part.device) if torch.is_tensor(part) else [row for rows in parts for row in rows]
 
@@ -67,8 +77,8 @@ def agreed(value):
 
 
 def sum_gradients(params):
-    """Sum gradients over all processes. One without rows adds zeros; where none had any, there are none after it."""
-    if WORLD == 1 or not any(everyone([any(p.grad is not None for p in params)])):
+    """Sum gradients over all processes. A process without gradients adds zeros; if none has any, nothing is done."""
+    if size() == 1 or not any(everyone([any(p.grad is not None for p in params)])):
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
     together(dist.all_reduce, flat)
@@ -78,8 +88,8 @@ def sum_gradients(params):
 
 def leave():
     """Wait for the others, and end the processes that have nothing left to write."""
-    if WORLD > 1:
-        everyone([None])
+    everyone([None])
+    if size() > 1:
         dist.destroy_process_group()
     if not FIRST:
         raise SystemExit

@@ -42,8 +42,7 @@ def generator_reward(judged, length_scores, kind, d_scale):
 
 
 class Baseline:
-    """What a reward is compared with, and moving averages of the batch's mean reward and of its squared distance from
-    what it is compared with.
+    """What a reward is compared with, and moving averages of the batch's mean reward and of the squared advantage.
 
     ema: the moving average from before the batch, except that the first batch starts it. loo: the mean of the batch's
     other rewards (leave-one-out, arXiv 2402.14740). The variance includes the batch, so that an advantage stays below
@@ -80,7 +79,7 @@ class Baseline:
 
 
 def kl_barrier(kl, sizes, kl_agg, kl_tau):
-    """What the KL's coefficient multiplies (N,): for each token relu(level of its sequence - kl_tau).
+    """The KL penalty of each token (N,), before its coefficient: relu(level of the token's sequence - kl_tau).
 
     kl: (N,), the sequences' tokens one after another; sizes: how many each has. A sequence's level is the mean of its
     tokens' KL, or with kl_agg "rms" the root of their mean square: a few incoherent tokens raise that, and a mean hides
@@ -96,7 +95,7 @@ def kl_barrier(kl, sizes, kl_agg, kl_tau):
 
 def truncated_ratio(logp, sampler_logp, most):
     """Importance weights (N,) of tokens that another distribution drew, min(p / p_sampler, most), without gradient
-    (truncated importance sampling). The sampler's rounding makes it another one; 0 stands for weights of 1.
+    (truncated importance sampling): they differ by the sampler's rounding. most 0: all weights are 1.
     """
     return (logp - sampler_logp).detach().exp().clamp(max=most) if most else torch.ones_like(logp)  # (N,)
 

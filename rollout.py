@@ -23,7 +23,7 @@ from data import clip, opens_thinking, plain_encoder, prompt_ids, prompt_notes, 
 from flags import UserError, first_line, readable
 from model import (FORBIDDEN, adapter_parameters, causal_lm, divisor, head_weights, located, micro_batches, pad,
                    token_stats, untrained, without_adapters)
-from ranks import everyone, mine
+from ranks import FIRST, everyone, mine
 from reward import length_score
 
 THINKING, COMPLETION = 0, 1  # kinds of sampled positions; rows of `Rules.blocked`
@@ -75,7 +75,7 @@ class Rollout(NamedTuple):
 
 
 class Written(NamedTuple):
-    """One reply: lists of its ids, and of what Rollout says of each; and whether it closed its thinking, or broke."""
+    """One reply: lists with an entry for each token, as in Rollout, and whether it closed its thinking, or broke."""
     ids: list
     sampled: list
     thinking: list
@@ -153,7 +153,6 @@ class Reply:
         self.done |= stopped | (self.num_completion >= self.C)
         self.token.copy_(token)
         self.t += 1
-
 
     def rows(self):
         """The B replies, as Written."""
@@ -277,7 +276,7 @@ class Writer:
     def floor(self, stream, place):
         """Records of what the untrained base writes for the windows in a range, a batch of them at a time."""
         size = max(self.args.batch_size, 32)
-        for first in tqdm(place[::size], desc="floor"):
+        for first in tqdm(place[::size], desc="floor", disable=not FIRST):
             part = range(first, min(first + size, place.stop))
             batch = [stream[i] for i in part]
             steps = [i // self.args.batch_size for i in part]

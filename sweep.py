@@ -288,7 +288,11 @@ def main(argv):
     for name, least, most in (("replicates", 1, 99), ("jobs", 1, 99), ("climb", 0, 99), ("ascent_step", 0.01, 10)):
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} {getattr(args, name)}: must be from {least} to {most}")
-    if args.launcher and not shutil.which((shlex.split(args.launcher) or [""])[0]):
+    try:
+        known = not args.launcher or shutil.which((shlex.split(args.launcher) or [""])[0])
+    except ValueError:  # a quotation that is not closed
+        known = False
+    if not known:
         raise UserError(f"--launcher {args.launcher}: its first word is not a program here; give one such as srun -n1")
     given, factors = flags(words).parse_args(), read_factors(args.factors)
     fixed = {f"--{name}" for name in ("seed", "out_dir", "resume", *(f.name for f in factors))}

@@ -37,7 +37,7 @@ SMALL = DEMO | dict(
 PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
-MAY_CHANGE = "micro_batch grad_ckpt device sampler featurizer seeds save_every track".split()  # with --resume
+MAY_CHANGE = "micro_batch grad_ckpt device sampler tis featurizer seeds save_every track".split()  # with --resume
 
 
 def flags(words=None):
@@ -68,7 +68,7 @@ def flags(words=None):
         help="p_real, -log(1 - p_real), the discriminator's logit, or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
-    add("--kl_agg", choices=["mean", "rms"], default="mean", help="a sequence's KL, for --kl_tau, from its tokens'")
+    add("--kl_agg", choices=["mean", "rms"], default="mean", help="how --kl_tau averages a sequence's KL")
     add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
     add("--baseline", choices=["ema", "loo"], default="ema", help="moving average, or mean of a batch's other rewards")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
@@ -76,8 +76,8 @@ def flags(words=None):
     add("--ce_coef", type=float, default=0.0, help="weight of the truth's cross-entropy, which decays to 0 (0: off)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
     add("--merge", action=Switch, default=None, help="sample from merged weights (default: only in fp32)")
-    add("--sampler", default=None, help="URL of a vLLM server that samples (default: this process)")
-    add("--tis", type=float, default=None, help="limit of importance weights (0: none; default: 2 with --sampler)")
+    add("--sampler", default="none", help="URL of a vLLM server that samples; none: this process does")
+    add("--tis", type=float, default=None, help="cap on importance weights (0: no weights; default: 2 with --sampler)")
     add = parser.add_argument_group("discriminator").add_argument
     add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
@@ -123,7 +123,7 @@ def parse_flags(words=None):
     if args.resume:
         args = parser.resumed(args, MAY_CHANGE)
     for name, default in dict(prefix_tokens=args.completion_tokens, reasoning_tokens=256,
-                              merge=args.dtype == "fp32", tis=2.0 if args.sampler else 0.0).items():
+                              merge=args.dtype == "fp32", tis=0.0 if args.sampler == "none" else 2.0).items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     check(args, parser.given())
     return args
@@ -168,7 +168,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     generator, discriminator = players = load_players(args, device)
-    sampler = Served(args.sampler, generator.model) if args.sampler else Sampler(generator.model, args.merge)
+    sampler = Served(args.sampler, generator.model) if args.sampler != "none" else Sampler(generator.model, args.merge)
     writer = Writer(sampler, tokenizer, args)
     judge = make_judge(args, discriminator, sampler)
     generator.check_length(writer.max_tokens)

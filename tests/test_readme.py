@@ -41,7 +41,7 @@ def test_a_command_parses_as_printed(words, monkeypatch):
 
 # flags of torchrun, vLLM and srun
 FOREIGN = {*"""--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --shutdown-timeout --enable-lora --max-lora-rank
---generation-config --logprobs-mode --max-model-len --gres""".split()}
+--generation-config --logprobs-mode --max-model-len --gres --signals-to-handle""".split()}
 
 
 def test_readme_is_short_and_names_flags_and_files_that_exist():

@@ -8,7 +8,7 @@ import torch
 
 from flags import UserError
 from rollout import COMPLETION, THINKING, rollout, rules
-from served import Served
+from served import NoAnswer, Served
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
@@ -103,6 +103,8 @@ def test_a_refusal_and_a_dead_server_are_one_line(server, tiny, capsys):
     with pytest.raises(UserError) as refused:
         client.sync(name)
     assert refused.value.code == 1 and "/v1/load_lora_adapter was refused (400" in capsys.readouterr().err
+    with pytest.raises(NoAnswer, match="not a vLLM server's"):
+        client.ask("/v1/models", lambda answer: answer["nothing"])
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError) as dead:
