@@ -273,16 +273,20 @@ class Writer:
                 roll.sampled[i, completion[kept:]] = False
         return Samples(roll, texts, sizes, num_sampled)
 
-    def floor(self, stream, place):
-        """Records of what the untrained base writes for the windows in a range, a batch of them at a time."""
-        size = max(self.args.batch_size, 32)
+    def floor(self, stream, place, signals, out_dir):
+        """Records of what the untrained base (adapter None) writes for the windows in a range; a signal ends the run."""
+        size, rows = max(self.args.batch_size, 32), []
         for first in tqdm(place[::size], desc="floor", disable=not FIRST):
             part = range(first, min(first + size, place.stop))
             batch = [stream[i] for i in part]
             steps = [i // self.args.batch_size for i in part]
-            yield (rows := self.records(steps, batch, self.write(batch, None, "floor", first)))
+            rows += self.records(steps, batch, self.write(batch, None, "floor", first))
+            if signals.stop():
+                signals.leave("before the first step", out_dir)
         for row in rows[-3:]:
             print(readable(f"the base writes: ...{row['prefix'][-60:]} | {row['completion'][:120]}"))
+        self.sampler.release()
+        return rows
 
     def records(self, steps, windows, samples, reward=None, p_real=None):
         """One dict per sequence, with its step: the lines of rollouts.jsonl and floor.jsonl."""

@@ -196,18 +196,13 @@ if __name__ == "__main__":
     size = sum(p.numel() for p in {*generator.params, *discriminator.params})
     print(f"{out_dir}: {args.model} on {device}, {size:,} trained parameters", flush=True)
 
-    # the floor: what the untrained base (adapter None) writes for the very prefixes that the run will end with
+    # the floor: what the untrained base writes for the very prefixes that the run will end with
     total = args.num_steps * B
     num_floor = min(args.floor_sequences, total)
     if num_floor and len(read_lines(out_dir / "floor.jsonl")) != num_floor:
-        rows = []
-        for records in writer.floor(stream, range(total - num_floor, total)):
-            rows += records
-            if signals.stop():
-                signals.leave("before the first step", out_dir)
+        records = writer.floor(stream, range(total - num_floor, total), signals, out_dir)
         if FIRST:
-            write_whole(out_dir / "floor.jsonl", json_lines(rows))
-        sampler.release()
+            write_whole(out_dir / "floor.jsonl", json_lines(records))
 
     # -----------------------------------------------------------------------------
     # the loop; steps below 0 warm up the discriminator alone, on windows that follow the run's own
