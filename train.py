@@ -34,7 +34,7 @@ SMALL = DEMO | dict(
     model="HuggingFaceTB/SmolLM2-135M-Instruct", data="pile", device="cuda", dtype="bf16", batch_size=16, micro_batch=8,
     num_steps=80, d_warmup=4, g_lr=5e-4, d_lr=3e-4, floor_sequences=640,
     featurizer="sentence-transformers/all-MiniLM-L6-v2")
-PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
+PRESETS = dict(writeup={}, demo=DEMO, small=SMALL, best=DEMO | dict(ce_coef=0.3))
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
 MAY_CHANGE = "micro_batch grad_ckpt device sampler tis featurizer seeds save_every track".split()  # with --resume
@@ -45,7 +45,7 @@ def flags(words=None):
     parser = Parser(__doc__, words)
     add = parser.add_argument
     add("--preset", choices=[*PRESETS], default="writeup",
-        help="set of defaults: writeup (8 billion weights), demo (4 million) or small (135 million)")
+        help="set of defaults: writeup (8 billion weights), demo (4 million), small (135 million), best (docs/ablation.md)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM, or the embedded demo, demo-small")
     add("--quant", type=short, choices=["none", "nf4", "int8"], default="none", help="quantise the base (bitsandbytes)")
@@ -110,7 +110,7 @@ def flags(words=None):
     preset, reason = parser.peek("--preset"), parser.peek("--disc") == "reason"
     plain = parser.peek("--prompt") == "plain"  # nobody asks for thinking or an echo then
     for applies, defaults in ((preset in PRESETS, PRESETS.get(preset)), (reason, REASON),
-                              (reason and preset == "demo", DEMO_REASON),
+                              (reason and preset in ("demo", "best"), DEMO_REASON),
                               (plain, dict(reasoning_tokens=0, echo_tokens=0))):  # later ones win
         parser.set_defaults(**defaults if applies else {})
     return parser

@@ -60,7 +60,7 @@ def parse_flags():
         raise UserError("--mix, --epochs and --held_out are for the traces of --data; leave them out with --truths")
     run = Run(args.truths or read_traces(args.data)[0]["run"]).args
     defaults = {} if args.truths else dict(
-        batch_size=32, g_lr=1e-3 if run.preset == "demo" else 1e-4, beta1=0.9, kl_coef=0.0, num_steps=None,
+        batch_size=32, g_lr=1e-3 if run.preset in ("demo", "best") else 1e-4, beta1=0.9, kl_coef=0.0, num_steps=None,
         save_every=10, micro_batch=run.micro_batch or run.batch_size)
     args = Namespace(**vars(args) | vars(run) | defaults | {name: getattr(args, name) for name in given} | dict(
         traces=None if args.truths else args.data, data=run.data, out_dir=args.out_dir, d_model=None, resume=None))

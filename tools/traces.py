@@ -66,7 +66,7 @@ def check(args, run):
         raise UserError(f"--out {out}: name a new file in a folder that can be written to")
     if not run.rollouts or not run.args.reasoning_tokens:
         raise UserError(f"{run.folder} has no {'thinking' if run.rollouts else 'rollouts'}; give another run")
-    args.rationale = args.rationale or ("think" if run.args.preset == "demo" else "reply")
+    args.rationale = args.rationale or ("think" if run.args.preset in ("demo", "best") else "reply")
     args.device = args.device or run.args.device
     check_device(args.device)
 
