@@ -45,7 +45,7 @@ def flags(words=None):
     parser = Parser(__doc__, words)
     add = parser.add_argument
     add("--preset", choices=[*PRESETS], default="writeup",
-        help="set of defaults: writeup (8 billion weights), demo (4 million), small (135 million), best (docs/ablation.md)")
+        help="defaults: writeup (8 billion weights), demo (4 million), small (135 million), best (docs/ablation.md)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="Qwen/Qwen3-8B", help="hub id or folder of a causal LM, or the embedded demo, demo-small")
     add("--quant", type=short, choices=["none", "nf4", "int8"], default="none", help="quantise the base (bitsandbytes)")
