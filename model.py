@@ -241,7 +241,7 @@ def load_players(args, device):
 
 
 class Player:
-    """One of the two players: a model, its tokenizer, an adapter that makes it this player, and the adapter's Adam."""
+    """One of the two players: a model, its tokenizer, an adapter that makes it this player, and an optimiser."""
 
     def __init__(self, model, tokenizer, adapter):
         self.model, self.tokenizer, self.adapter = model, tokenizer, adapter
@@ -260,13 +260,13 @@ class Player:
                             "--completion_tokens, --echo_tokens or --d_think_tokens")
 
     def optimize(self, lr, args, head=()):
-        """Train its adapter, and the parameters of a head, by Adam at learning rate lr."""
-        Adam = torch.optim.Adam
+        """Train its adapter, and the parameters of a head, at learning rate lr."""
+        Optimizer = {"adam": torch.optim.Adam, "muon": MuonAndAdam}.get(args.optim)
         if args.optim == "adam8bit":
-            from bitsandbytes.optim import Adam8bit as Adam
+            from bitsandbytes.optim import Adam8bit as Optimizer
         self.lr, self.grad_clip = lr, args.grad_clip
         self.params = adapter_parameters(self.model, self.adapter) + list(head)
-        self.optimizer = Adam(self.params, lr=lr, betas=(args.beta1, args.beta2))
+        self.optimizer = Optimizer(self.params, lr=lr, betas=(args.beta1, args.beta2))
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=args.dtype == "fp16")
         self.scaler.scale(torch.zeros((), device=self.device))  # makes its state, where a process has no rows at first
 
@@ -280,7 +280,8 @@ class Player:
             return 0.0
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip).item()
-        self.optimizer.param_groups[0]["lr"] = self.lr * lr_factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor
         if math.isfinite(norm):
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -299,6 +300,33 @@ class Player:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.bad_steps = state["bad_steps"]
+
+
+class MuonAndAdam(torch.optim.Optimizer):
+    """torch's Muon for matrices and Adam for other parameters, as one optimiser with one state.
+
+    A step of Muon has a root mean square of 0.2 lr where Adam's is about lr, so it wants a rate five times as high.
+    """
+
+    def __init__(self, params, lr, betas):
+        params = list(params)
+        matrices, rest = [p for p in params if p.ndim == 2], [p for p in params if p.ndim != 2]
+        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        self.parts += [torch.optim.Adam(rest, lr=lr, betas=betas)] if rest else []
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self):
+        for part, group in zip(self.parts, self.param_groups):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.share()
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
 
 
 # -----------------------------------------------------------------------------

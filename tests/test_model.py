@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
 
-from model import (_TokenStats, Player, adapter_parameters, add_adapters, causal_lm, checkpoint_layers, head_logits,
+from model import (_TokenStats, MuonAndAdam, Player, adapter_parameters, add_adapters, causal_lm, checkpoint_layers, head_logits,
                    hidden_states, load_adapter, load_model, token_stats, without_adapters)
 
 V = 4090  # the tiny model's output layer has ten rows more
@@ -168,3 +168,26 @@ def test_a_players_step_clips_and_skips_a_gradient_that_is_not_finite(dtype, tin
     assert player.step(0.1) == pytest.approx(5.0) and p.grad is None and player.bad_steps == 0
     torch.testing.assert_close(player.optimizer.state[p]["exp_avg"], 0.1 * torch.tensor([0.3, 0.4]))  # clipped to 0.5
     torch.testing.assert_close(p.data, torch.full((2,), 0.95))  # Adam's first step: its learning rate
+
+
+def test_muon_takes_the_matrices_and_adam_the_rest():
+    """The updates of torch's two optimisers, each on its own parameters; and a state that loads into another."""
+    torch.manual_seed(0)
+    start = [torch.randn(6, 4), torch.randn(4)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    both = MuonAndAdam(ours, 0.1, (0.9, 0.95))
+    apart = [torch.optim.Muon(theirs[:1], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+             torch.optim.Adam(theirs[1:], lr=0.1, betas=(0.9, 0.95))]
+    for i in range(4):
+        grads = [torch.randn(x.shape) for x in start]
+        for params in (ours, theirs):
+            for p, grad in zip(params, grads):
+                p.grad = grad.clone()
+        both.param_groups[0]["lr"] = both.param_groups[1]["lr"] = apart[0].param_groups[0]["lr"] = 0.1 / (i + 1)
+        apart[1].param_groups[0]["lr"] = 0.1 / (i + 1)
+        for optimizer in (both, *apart):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+        saved, both = both.state_dict(), MuonAndAdam(ours, 0.1, (0.9, 0.95))
+        both.load_state_dict(saved)
+    assert len(MuonAndAdam(ours[:1], 0.1, (0.9, 0.95)).parts) == 1

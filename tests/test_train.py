@@ -81,7 +81,8 @@ def vanish():
     raise SystemExit(137)
 
 
-@pytest.mark.parametrize("flags", ["", "--adapters shared --deterministic", "--disc reason --d_model demo-small"])
+@pytest.mark.parametrize("flags", ["", "--adapters shared --deterministic", "--disc reason --d_model demo-small",
+                                   "--optim muon --baseline loo --ce_coef 0.1"])
 def test_a_resumed_run_equals_one_that_was_never_stopped(flags, train, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert train(*flags.split(), "--save_every", 1, "--out_dir", whole).status == 0
