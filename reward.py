@@ -21,8 +21,6 @@ def generator_reward(judged, length_scores, kind, d_scale):
 
     prob:   d_scale * p_real * length_score
     neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure
-    logit:  d_scale * (margin - lowest margin of the batch) * length_score, margin = log(p_real / (1 - p_real)): the raw
-            logit (GAD, arXiv 2511.10643), shifted so that none is negative
     azr:    d_scale * (1 - d_value if d_value > 1/8 else 0) * length_score (after arXiv 2505.03335, where a proposer
             earns 1 - the solver's pass rate, and 0 for what nobody solves)
     None is ever negative: a negative reward times a length score would pay for writing nothing.
@@ -31,9 +29,6 @@ def generator_reward(judged, length_scores, kind, d_scale):
         score = judged.p_real  # (B,)
     elif kind == "neglog":
         score = -judged.log_generated  # (B,)
-    elif kind == "logit":
-        margin = judged.p_real.log() - judged.log_generated  # (B,)
-        score = (margin - margin.where(margin.isfinite(), torch.inf).amin()).clamp(min=0)  # (B,)
     elif kind == "azr":
         score = torch.where(judged.d_value > AZR_LEAST, 1 - judged.d_value, 0.0)  # (B,)
     else:
@@ -42,28 +37,26 @@ def generator_reward(judged, length_scores, kind, d_scale):
 
 
 class Baseline:
-    """What a reward is compared with, and moving averages of the batch's mean reward and of the squared advantage.
+    """Moving averages of the batch's mean reward and of its squared distance from that average.
 
-    ema: the moving average from before the batch, except that the first batch starts it. loo: the mean of the batch's
-    other rewards (leave-one-out, arXiv 2402.14740). The variance includes the batch, so that an advantage stays below
-    sqrt(B / (1 - decay)) even if all rewards were equal until now.
+    The average that a batch is compared with is from before the batch, except that the first batch starts it. The
+    variance includes the batch, so that an advantage stays below sqrt(B / (1 - decay)) even if all rewards were equal
+    until now.
     """
 
-    def __init__(self, decay, normalize, kind="ema"):
-        self.decay, self.normalize, self.kind = decay, normalize, kind
-        self.mean, self.variance, self.used = None, None, None
+    def __init__(self, decay, normalize):
+        self.decay, self.normalize, self.mean, self.variance, self.used = decay, normalize, None, None, None
 
     def advantages(self, reward, counts):
-        """reward (B,) minus what it is compared with, divided by the running standard deviation if normalize; 0 where
-        a reward does not count, by counts (B,) bool: (B,).
+        """reward (B,) minus the baseline, divided by the running standard deviation if normalize; 0 where a reward does
+        not count, by counts (B,) bool: (B,).
         """
-        new, n = reward[counts].mean().item(), counts.sum().item()
-        self.used = new if self.mean is None or self.kind == "loo" else self.mean
-        compared = (n * new - reward) / (n - 1) if self.kind == "loo" and n > 1 else self.used  # (B,) or ()
-        variance = (reward - compared)[counts].square().mean().item()
+        new = reward[counts].mean().item()
+        self.used = new if self.mean is None else self.mean
+        variance = (reward - self.used)[counts].square().mean().item()
         if math.isfinite(new) and math.isfinite(variance):  # neither is where nothing counts
             self.mean, self.variance = self.average(self.mean, new), self.average(self.variance, variance)
-        advantage = reward - compared  # (B,)
+        advantage = reward - self.used  # (B,)
         if self.normalize and self.variance is not None:
             advantage = advantage / (self.variance ** 0.5 + 1e-8)  # (B,)
         return torch.where(counts, advantage, 0.0)  # (B,)

@@ -64,13 +64,11 @@ def flags(words=None):
     add("--echo_tokens", type=int, default=16, help="extra tokens for an echo of the prefix, and words of it (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
-    add("--g_reward", choices=["prob", "neglog", "logit", "azr"], default="prob",
-        help="p_real, -log(1 - p_real), the discriminator's logit, or 1 - d_value")
+    add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
     add("--kl_agg", choices=["mean", "rms"], default="mean", help="how --kl_tau averages a sequence's KL")
     add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
-    add("--baseline", choices=["ema", "loo"], default="ema", help="moving average, or mean of a batch's other rewards")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
     add("--ce_coef", type=float, default=0.0, help="weight of the truth's cross-entropy, which decays to 0 (0: off)")
@@ -179,7 +177,7 @@ if __name__ == "__main__":
     discriminator.optimize(args.d_lr, args, judge.parameters())
 
     # what the loop changes: players, head, baseline, step; sampling and data are functions of seed and position
-    baseline, first_step = Baseline(args.ema_decay, args.adv_norm, args.baseline), -args.d_warmup
+    baseline, first_step = Baseline(args.ema_decay, args.adv_norm), -args.d_warmup
     if args.resume:
         out_dir = pathlib.Path(args.resume)
         lock(out_dir)
