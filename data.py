@@ -217,7 +217,7 @@ class Windows:
         self.lengths = args.prefix_tokens, args.completion_tokens
         self.need, self.unwritable = sum(self.lengths), 0
         batch_size = get("batch_size", 0) if split == "train" else 0
-        self.total, self.warmup = batch_size * get("num_steps", 0), batch_size * get("d_warmup", 0)
+        self.total, self.warmup = (batch_size * get(key, 0) // get("group", 1) for key in ("num_steps", "d_warmup"))
         self.floor = min(get("floor_sequences", 0), self.total)
 
     def window_of(self, text, rng):

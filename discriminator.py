@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import bos_ids, clip, plain_encoder
-from model import divisor, head_logits, head_weights, hidden_states, micro_batches, pad, positions
+from model import (backbone, causal_lm, divisor, head_logits, head_weights, hidden_states, micro_batches, pad,
+                   positions, without_adapters)
 from reward import REAL, policy_loss
 from rollout import Rollout, rng_for, rollout, rules, sampled_stats
 from sampler import Sampler
@@ -57,12 +58,14 @@ class Judged(NamedTuple):
     d_value: torch.Tensor | None        # (B,) chance that the verdict on the completion is right; Reason only
     labels: torch.Tensor   # (B, 2) labels to learn for the real and the generated text; shuffled by --d_shuffle
     detail: Any            # what the loss needs besides
+    score: torch.Tensor | None = None  # (B,) likeness to the truth; Features only
+    first: int = 0         # position of the first window
 
 
 def make_judge(args, player, sampler):
     """The discriminator that the flags ask for. sampler: the generator's, which Reason shares if the model is one."""
-    if args.disc == "head":
-        return Head(args, player)
+    if args.disc != "reason":
+        return (Head if args.disc == "head" else Features)(args, player)
     if sampler.source is not player.model:
         sampler = Sampler(player.model, args.merge)
     return Reason(args, player, sampler)
@@ -106,13 +109,13 @@ def pair_ids(encode, bos, prefix, sep, truth, completion):
     return tuple(texts)
 
 
-def discriminator_loss(logits, labels, kind):
+def discriminator_loss(logits, labels, kind, smooth=0.0):
     """Loss of logits (2b, 2), the real texts first, with labels (2b,): a scalar.
 
     ce: mean cross-entropy. pair: Bradley-Terry on the two texts of a prefix (GAD, arXiv 2511.10643), without labels.
     """
     if kind == "ce":
-        return F.cross_entropy(logits, labels)  # ()
+        return F.cross_entropy(logits, labels, label_smoothing=smooth)  # ()
     real, generated = (logits[:, REAL] - logits[:, 1 - REAL]).chunk(2)  # (b,) each
     return -F.logsigmoid(real - generated).mean()  # ()
 
@@ -135,22 +138,25 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
         self.to(self.device)
 
-    def forward(self, hidden, mask):
-        """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real."""
+    def forward(self, hidden, mask, kept=1.0):
+        """Hidden states (B, T, H) and the mask of completion tokens (B, T) to logits (B, 2): 0 generated, 1 real.
+
+        kept: what to multiply the normalised states (B, H) by, a mask of dropout.
+        """
         hidden = hidden.float()  # (B, T, H)
         if self.args.d_pool == "mean":
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
         else:
             last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)  # (B,)
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, H)
-        return self.linear(self.norm(pooled))  # (B, 2)
+        return self.linear(self.norm(pooled) * kept)  # (B, 2)
 
-    def logits(self, texts):
+    def logits(self, texts, kept=1.0):
         """Logits (B, 2) of texts (ids, mask), which lose their beginning where the model has no room for them."""
         room = positions(self.player.model)
         ids, mask = (pad([row[-room:] for row in rows], 0, self.device, kind)
                      for rows, kind in zip(zip(*texts), (torch.long, torch.bool)))  # (B, T) each
-        return self(hidden_states(self.player.model, ids), mask)  # (B, 2)
+        return self(hidden_states(self.player.model, ids), mask, kept)  # (B, 2)
 
     @torch.no_grad()
     def score(self, windows, texts, first):
@@ -162,12 +168,30 @@ class Head(nn.Module):
         for rows in micro_batches(shown, self.args.micro_batch):
             logps[rows] = self.logits([pairs[i][1] for i in rows]).log_softmax(-1)  # (b, 2)
         labels = training_labels(self.args, shown, len(pairs), self.device, first)  # (B, 2)
-        return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
+        return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs,
+                      first=first)
+
+    def replay(self, judged, past, first):
+        """The same judgements, with the texts of past records (of rollouts.jsonl) in place of a share --d_replay of the
+        shown pairs, for the loss."""
+        pairs = list(judged.detail)
+        for i in judged.shown:
+            rng = rng_for(self.args.seed, "replay", first + i)
+            if torch.rand((), generator=rng) < self.args.d_replay:
+                record = past[int(torch.randint(len(past), (), generator=rng))]
+                texts = (record[key] for key in ("prefix", "sep", "truth", "completion"))
+                pairs[i] = pair_ids(self.encode, self.bos, *texts) or pairs[i]
+        return judged._replace(detail=pairs)
 
     def loss(self, judged, rows):
         """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
-        logits = self.logits([judged.detail[i][side] for side in (0, 1) for i in rows])  # (2b, 2)
-        loss = discriminator_loss(logits, judged.labels[rows].mT.flatten(), self.args.d_loss)  # ()
+        texts, kept = [judged.detail[i][side] for side in (0, 1) for i in rows], 1.0
+        if self.args.d_dropout:
+            rng, shape = rng_for(self.args.seed, "dropout", judged.first + rows[0]), (len(texts), len(self.norm.weight))
+            kept = torch.rand(shape, generator=rng).ge(self.args.d_dropout).to(self.device) / (1 - self.args.d_dropout)
+        logits = self.logits(texts, kept)  # (2b, 2)
+        labels = judged.labels[rows].mT.flatten()  # (2b,)
+        loss = discriminator_loss(logits, labels, self.args.d_loss, self.args.d_smooth)  # ()
         guessed_real = (logits.argmax(-1) == REAL).view(2, -1)  # (2, b)
         right = torch.stack([guessed_real[0].sum(), (~guessed_real[1]).sum()]).float().cpu()  # (2,)
         return self.args.d_loss_scale * loss * len(rows) / len(judged.shown), right  # (), (2,)
@@ -175,6 +199,74 @@ class Head(nn.Module):
     def metrics(self, judged, step):
         """Metrics of its own, and the rows of verdicts.jsonl: none."""
         return {}, []
+
+
+# -----------------------------------------------------------------------------
+# a judge without training
+
+class Features(nn.Module):
+    """How like the truth a completion is, in states of the frozen base (EBFT, arXiv 2603.12248). Nothing is trained.
+
+    Features f of a text: the mean of its completion tokens' states after 25, 50 and 75 % of the layers, each
+    standardised by the moving mean and variance of the truths and scaled to length 1. With t those of the truth and j
+    the others of its group: score = 2 f t - mean_j f f_j, averaged over the layers. The second term pays for variety.
+    """
+
+    def __init__(self, args, player):
+        super().__init__()
+        self.args, self.player, self.device = args, player, player.device
+        self.encode, self.bos = plain_encoder(player.tokenizer), bos_ids(player.tokenizer)
+        self.max_tokens = args.prefix_tokens + args.completion_tokens
+        num_layers = causal_lm(player.model).config.get_text_config().num_hidden_layers
+        self.layers = [max(1, round(share * num_layers)) for share in (0.25, 0.5, 0.75)]
+        size = head_weights(player.model)[0].shape[1]
+        self.register_buffer("mean", torch.zeros(3, size))
+        self.register_buffer("variance", torch.ones(3, size))
+        self.register_buffer("seen", torch.zeros(()))
+        self.to(self.device)
+
+    def features(self, texts):
+        """Mean states (B, 3, H) of texts (ids, mask)."""
+        ids, mask = (pad(rows, 0, self.device, kind) for rows, kind in zip(zip(*texts), (torch.long, torch.bool)))
+        with without_adapters(self.player.model):
+            read = backbone(self.player.model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+        states = torch.stack([read.hidden_states[i] for i in self.layers], 1).float()  # (B, 3, T, H)
+        weights = (mask / mask.sum(1, keepdim=True))[:, None, :, None]  # (B, 1, T, 1)
+        return (states * weights).sum(2)  # (B, 3, H)
+
+    @torch.no_grad()
+    def score(self, windows, texts, first):
+        """Judge the completions (B texts) of the B windows; an empty one has the score of a text that is unlike all."""
+        pairs = [pair_ids(self.encode, self.bos, w.prefix, w.sep, w.truth, text) for w, text in zip(windows, texts)]
+        shown = [i for i, pair in enumerate(pairs) if pair]
+        read = torch.tensor([bool(pair) for pair in pairs], device=self.device)  # (B,)
+        real, generated = (torch.zeros(len(pairs), *self.mean.shape, device=self.device) for _ in range(2))  # (B, 3, H)
+        for rows in micro_batches(shown, self.args.micro_batch):
+            real[rows], generated[rows] = (self.features([pairs[i][side] for i in rows]) for side in (0, 1))
+        if shown:
+            keep = self.seen * 0.9
+            self.mean.mul_(keep).add_((1 - keep) * real[shown].mean(0))
+            self.variance.mul_(keep).add_((1 - keep) * (real[shown] - self.mean).square().mean(0))
+            self.seen.fill_(1.0)
+        scale = self.variance.sqrt() + 1e-6  # (3, H)
+        real, generated = (F.normalize((x - self.mean) / scale, dim=-1) for x in (real, generated))  # (B, 3, H)
+        generated[~read] = 0
+        score = match_score(real, generated, self.args.group)  # (B,)
+        none = torch.full_like(score, torch.nan)  # (B,)
+        return Judged([], read, torch.ones_like(read), none, none, None, None, None, score)
+
+    def metrics(self, judged, step):
+        return {"score": judged.score.mean().item()}, []
+
+
+def match_score(real, generated, group):
+    """2 f t - mean_j f f_j of unit features (B, L, H), averaged over layers: (B,). Neighbours in a group share a prefix.
+    """
+    near = (real * generated).sum(-1).mean(1)  # (B,)
+    place = torch.arange(len(generated), device=generated.device) // group  # (B,)
+    others = (place == place[:, None]).fill_diagonal_(False)  # (B, B)
+    products = torch.einsum("ilh,jlh->ij", generated, generated) / generated.shape[1]  # (B, B)
+    return 2 * near - (products * others).sum(1) / others.sum(1).clamp(min=1)  # (B,)
 
 
 # -----------------------------------------------------------------------------

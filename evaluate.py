@@ -41,7 +41,7 @@ def read_run(folder):
                         f"with: {export_command(folder)}, and start a run with: python train.py --model DIR")
     if len(run.rollouts) < 4:
         raise UserError(f"{folder} has {len(run.rollouts)} sequences, and MAUVE needs 4{status(run)}")
-    total = run.args.num_steps * run.args.batch_size
+    total = run.args.num_steps * run.args.batch_size // run.args.group
     for name, wanted in (("floor", min(run.args.floor_sequences, total)),
                          ("rollouts", len(run.rollouts) if status(run) else total)):
         if (found := len(getattr(run, name))) != wanted:
@@ -255,17 +255,13 @@ def truth_nats(model, writer, windows, thoughts):
     those of the policy: at the run's temperature, without the forbidden ids.
     """
     import torch
-    from model import micro_batches, pad, token_stats
-    from rollout import COMPLETION
-    rows, found = [writer.truth_ids(*pair) for pair in zip(windows, thoughts)], []
-    for part in micro_batches(rows, writer.args.micro_batch or writer.args.batch_size):
-        ids = pad([before + truth for before, truth in part], writer.rules.pad, model.device)  # (b, T)
-        marks = pad([[False] * len(before) + [True] * len(truth) for before, truth in part], False, model.device,
-                    torch.bool)  # (b, T)
+    from model import micro_batches
+    from rollout import truth_stats
+    found = []
+    for rows in micro_batches(range(len(windows)), writer.args.micro_batch or writer.args.batch_size):
         with torch.no_grad():
-            logp = token_stats(model, ids, marks, writer.rules.blocked, torch.full_like(ids, COMPLETION),
-                               writer.args.temperature).logp  # (N,)
-        found += [-logps.mean().item() for logps in logp.split(marks.sum(1).tolist())]
+            stats, sizes = truth_stats(model, writer, [windows[i] for i in rows], [thoughts[i] for i in rows])
+        found += [-logp.mean().item() for logp in stats.logp.split(sizes)]
     return found
 
 
@@ -296,8 +292,9 @@ def compare_runs(runs, featurize, seeds):
 def differences(one, other):
     """The flags that choose the prefixes a run ends on, where two runs differ in them, after a semicolon; or ""."""
     names = "data data_revision text_field model seed prefix_tokens completion_tokens floor_sequences".split()
-    found = [[*map(vars(run.args).get, names), run.args.batch_size * run.args.num_steps] for run in (one, other)]
-    words = [f"{name} ({a} and {b})" for name, a, b in zip([*names, "batch_size x num_steps"], *found) if a != b]
+    found = [[*map(vars(run.args).get, names), run.args.batch_size * run.args.num_steps // run.args.group]
+             for run in (one, other)]
+    words = [f"{name} ({a} and {b})" for name, a, b in zip([*names, "number of prefixes"], *found) if a != b]
     return "; the runs differ in " + ", ".join(words) if words else ""
 
 

@@ -18,7 +18,8 @@ import sys
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads: OpenMP threads that spin stall shared cores
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
          "4bit": "nf4", "8bit": "int8", "no": "none"}  # other names of the values of --dtype and --quant
-POSITIVE = "rank alpha prefix_tokens completion_tokens batch_size num_steps d_scale d_loss_scale grad_clip".split()
+POSITIVE = ("rank alpha prefix_tokens completion_tokens batch_size group num_steps d_scale d_loss_scale "
+            "grad_clip").split()
 
 
 class UserError(SystemExit):
@@ -304,7 +305,7 @@ def check_values(args, positive):
             raise UserError(f"--{name} is empty; leave the flag out for its default")
         if isinstance(value, str) and name != "prompt" and max(map(len, value.split("/"))) > 255:
             raise UserError(f"--{name} {value[:20]}...: a name of {len(value)} characters is too long")
-    for name in ("beta1", "beta2", "ema_decay", "mix", "held_out", "g_lr", "d_lr"):
+    for name in ("beta1", "beta2", "ema_decay", "mix", "held_out", "d_smooth", "d_replay", "d_dropout", "coh_floor", "g_lr", "d_lr"):
         if getattr(args, name, 0) >= (limit := 100 if name.endswith("lr") else 1):
             raise UserError(f"--{name} {getattr(args, name)}: must be below {limit}")
     check_device(args.device)
@@ -338,9 +339,24 @@ def check(args, given=()):
          f"--num_steps {args.num_steps} x --batch_size {args.batch_size}: MAUVE needs at least 4 sequences"),
         (0 < args.floor_sequences < 4, f"--floor_sequences {args.floor_sequences}: must be 0, or 4 and more"),
         (args.g_reward == "azr" and not reason, "--g_reward azr needs --disc reason; or choose prob or neglog"),
-        (args.g_reward == "neglog" and reason, "--g_reward neglog needs --disc head; with reason, choose azr or prob"),
-        (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool"}),
-         "--d_loss and --d_pool are for --disc head; --disc reason learns by policy gradient; leave them out"),
+        (args.g_reward == "lift" and not args.reasoning_tokens,
+         "--g_reward lift pays for thinking; give --reasoning_tokens above 0, or choose neglog"),
+        (args.g_reward in ("neglog", "logit", "lift") and reason,
+         f"--g_reward {args.g_reward} needs --disc head; with reason, choose azr or prob"),
+        (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool", "d_smooth", "d_replay", "d_dropout", "d_gate"}),
+         "--d_loss, --d_pool, --d_smooth, --d_replay, --d_dropout and --d_gate are for --disc head; leave them out"),
+        (args.kl_form != "exact" and (args.kl_tau or "kl_dir" in typed),
+         f"--kl_form {args.kl_form} has a direction of its own and no barrier; leave out --kl_tau and --kl_dir"),
+        (args.freeze_context and args.grad_ckpt, "--freeze_context keeps a cache, and --grad_ckpt allows none; drop one"),
+        (args.disc == "features" and args.g_reward != "logit", "--disc features needs --g_reward logit, its raw score"),
+        (args.disc == "features" and (args.d_warmup and "d_warmup" in typed or typed & {"d_lr", "d_loss", "d_pool"}),
+         "--disc features is not trained: leave out --d_warmup, --d_lr, --d_loss and --d_pool"),
+        (args.batch_size % args.group, f"--group {args.group} must divide --batch_size {args.batch_size}"),
+        (args.d_smooth and args.d_loss == "pair", "--d_smooth has no effect with --d_loss pair; leave it out"),
+        (not args.kl_coef and (typed & {"kl_agg", "kl_tau", "kl_form", "kl_dir", "kl_target"} or args.coh_floor),
+         "--kl_agg, --kl_tau, --kl_form, --kl_dir, --kl_target and --coh_floor need the KL's pass; give --kl_coef above 0"),
+        ("ema_decay" in typed and args.baseline != "ema" and not args.adv_norm,
+         f"--ema_decay has no effect with --baseline {args.baseline}; leave it out"),
         (args.d_loss == "pair" and args.d_shuffle, "--d_shuffle shuffles labels, and --d_loss pair has none; use ce"),
         (not reason and (args.d_think_tokens is not None or "d_kl_coef" in typed),
          "--d_think_tokens and --d_kl_coef are for --disc reason; give it, or leave them out"),

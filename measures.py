@@ -293,7 +293,8 @@ def batch_metrics(samples, judged, ids):
     broken = {"broken": roll.broken.float().mean().item()} if roll.broken.any() else {}  # rows that overflowed
     return broken | dict(
         p_real=judged.p_real[judged.read].mean().item(), think_closed=roll.think_closed.float().mean().item(),
-        num_think=sum(map(len, roll.think)) / B, num_completion=sum(samples.sizes) / B, distinct_2=distinct(ids, 2))
+        num_think=sum(map(len, roll.think)) / B, num_completion=sum(samples.sizes) / B, distinct_2=distinct(ids, 2),
+        repetition=repetition(ids))
 
 
 def policy_metrics(stats, roll, with_kl):

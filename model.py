@@ -260,12 +260,10 @@ class Player:
 
     def optimize(self, lr, args, head=()):
         """Train its adapter, and the parameters of a head, by Adam at learning rate lr."""
-        Adam = torch.optim.Adam
-        if args.optim == "adam8bit":
-            from bitsandbytes.optim import Adam8bit as Adam
         self.lr, self.grad_clip = lr, args.grad_clip
         self.params = adapter_parameters(self.model, self.adapter) + list(head)
-        self.optimizer = Adam(self.params, lr=lr, betas=(args.beta1, args.beta2))
+        self.optimizers = make_optimizers(self.params, lr, (args.beta1, args.beta2), args.optim)
+        self.optimizer = self.optimizers[0]
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**14, enabled=args.dtype == "fp16")
 
     def backward(self, loss):
@@ -275,18 +273,25 @@ class Player:
         """Clip, step, zero. Returns the gradient's norm, or None where it is not finite and the step was skipped."""
         if all(p.grad is None for p in self.params):
             return 0.0
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.grad_clip).item()
-        self.optimizer.param_groups[0]["lr"] = self.lr * lr_factor
-        if math.isfinite(norm):
-            self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * lr_factor
+            if math.isfinite(norm):
+                self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
         if self.bad_steps >= MAX_BAD_STEPS:
             raise UserError(f"{self.bad_steps} steps in a row had a gradient that is not finite; the last checkpoint "
                             "is intact; start a new run with a lower learning rate, or --dtype bf16 or fp32", 1)
         return norm if math.isfinite(norm) else None
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -296,6 +301,28 @@ class Player:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.bad_steps = state["bad_steps"]
+
+
+def make_optimizers(params, lr, betas, kind):
+    """Optimisers that together train all params. Muon and APOLLO take the matrices, and Adam takes the rest."""
+    Adam, matrices = torch.optim.Adam, [p for p in params if p.ndim == 2]
+    if kind == "adam8bit":
+        from bitsandbytes.optim import Adam8bit as Adam
+    if kind in ("adam", "adam8bit") or not matrices:
+        return [Adam(params, lr=lr, betas=betas)]
+    rest = [Adam([p for p in params if p.ndim != 2], lr=lr, betas=betas)] if len(matrices) < len(params) else []
+    if kind == "muon":  # its updates are scaled to the size of Adam's
+        return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), *rest]
+    try:
+        from apollo_torch import APOLLOAdamW
+    except ImportError:
+        raise UserError("--optim apollo needs the package apollo-torch; install it, or choose another") from None
+    groups = []
+    for p in matrices:  # arXiv 2412.05270; the package takes the root of the scale
+        rank = min(256, *p.shape)
+        groups.append(dict(params=[p], rank=rank, scale_type="channel", proj="random", proj_type="std",
+                           scale=min(p.shape) / rank, update_proj_gap=200))
+    return [APOLLOAdamW(groups, lr=lr, betas=betas, weight_decay=0.0, correct_bias=True), *rest]
 
 
 # -----------------------------------------------------------------------------
@@ -423,13 +450,16 @@ def has_full_attention(model):
     return kinds == {"full_attention"} or not kinds and not getattr(config, "sliding_window", None)
 
 
-def hidden_states(model, ids, shared=0):
+def hidden_states(model, ids, shared=0, frozen=None):
     """Last hidden states of the backbone, after its final norm: ids (B, T) to (B, T, H). No lm_head is run.
 
     Pad on the right and pass no mask: under causal attention what follows a token cannot reach it. The first `shared`
-    ids are the same in all rows: where they are a good part of T, they are read once, with the same gradients.
+    ids are the same in all rows: where they are a good part of T, they are read once, with the same gradients. frozen:
+    (B,) numbers of first ids whose keys and values take no gradient; their own states are not returned.
     """
     decoder, (B, T) = backbone(model), ids.shape
+    if frozen is not None and torch.is_grad_enabled():
+        return after_frozen(decoder, ids, frozen)  # (B, T, H)
     checkpointed = getattr(causal_lm(model), "is_activation_checkpointing", False)  # then there is no cache
     if B == 1 or shared < T / 4 or checkpointed or not has_full_attention(model):
         return decoder(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, H)
@@ -440,6 +470,25 @@ def hidden_states(model, ids, shared=0):
     place = torch.arange(shared, T, device=ids.device)[None]  # (1, T - shared)
     tail = decoder(input_ids=ids[:, shared:], position_ids=place, past_key_values=cache, use_cache=True)
     return torch.cat([head.last_hidden_state.expand(B, -1, -1), tail.last_hidden_state], 1)  # (B, T, H)
+
+
+def after_frozen(decoder, ids, frozen):
+    """States (B, T, H) of ids (B, T), right-padded, after the first `frozen` (B,) of each row, which are read without
+    gradient; the states of those are not meaningful.
+    """
+    (B, T), num, column = ids.shape, frozen[:, None], torch.arange(ids.shape[1], device=ids.device)[None]  # (B, 1), (1, T)
+    P, L = int(frozen.max()), T - int(frozen.min())
+    place = column[:, :P] - (P - num)  # (B, P) the frozen ids are padded on the left, so that all end together
+    cache, seen = DynamicCache(config=decoder.config), place >= 0  # (B, P)
+    place = place.clamp(min=0)  # (B, P)
+    with torch.no_grad():
+        decoder(input_ids=ids.gather(1, place), attention_mask=seen.long(), position_ids=place, past_key_values=cache)
+    place = num + column[:, :L]  # (B, L)
+    mask = torch.cat([seen, torch.ones_like(place, dtype=torch.bool)], 1).long()  # (B, P + L)
+    states = decoder(input_ids=ids.gather(1, place.clamp(max=T - 1)), attention_mask=mask, position_ids=place,
+                     past_key_values=cache).last_hidden_state  # (B, L, H)
+    index = (column - num).clamp(0, L - 1)[..., None].expand(-1, -1, states.shape[-1])  # (B, T, H)
+    return states.gather(1, index)  # (B, T, H)
 
 
 def head_weights(model, vocab=None):
@@ -478,18 +527,19 @@ def micro_batches(rows, size):
 class TokenStats(NamedTuple):
     logp: torch.Tensor      # (N,) log-prob of the token, nats
     entropy: torch.Tensor   # (N,) entropy of the policy, nats
-    kl: torch.Tensor        # (N,) exact KL(policy || base) over the vocabulary, nats; 0 where it is not asked for
+    kl: torch.Tensor        # (N,) exact KL over the vocabulary, nats; 0 where it is not asked for
     ref_logp: torch.Tensor  # (N,) log-prob of the token under the base; 0 where the KL is not asked for
 
 
 def token_stats(model, ids, mask, blocked=None, kind=None, temperature=1.0, with_kl=False, shared=0,
-                return_hidden=False):
+                return_hidden=False, frozen=None):
     """TokenStats of the N marked tokens, row by row, under the active adapter.
 
     ids: (B, T). mask: (B, T) bool, the marked tokens; the state at t - 1 predicts the token at t. blocked: (K, V) bool,
     forbidden ids by kind of position (None: nothing is forbidden); kind: (B, T), each position's row of it (None: 0).
-    with_kl: compare with the base, adapters off. shared: see hidden_states. return_hidden: return (stats, hidden), with
-    the states (B, T, H). Gradients flow through logp and kl. Log-sum-exp in fp32.
+    with_kl: compare with the base, adapters off: KL(policy || base), or KL(base || policy) where it is "forward".
+    shared, frozen: see hidden_states. return_hidden: return (stats, hidden), with the states (B, T, H). Gradients flow
+    through logp and kl. Log-sum-exp in fp32.
     """
     def predicting(hidden):
         return hidden[:, :-1][mask[:, 1:]]  # (N, H)
@@ -498,7 +548,7 @@ def token_stats(model, ids, mask, blocked=None, kind=None, temperature=1.0, with
     if with_kl:
         with torch.no_grad(), without_adapters(model):
             ref_hidden = predicting(hidden_states(model, ids, shared))  # (N, H)
-    hidden = hidden_states(model, ids, shared)  # (B, T, H)
+    hidden = hidden_states(model, ids, shared, frozen)  # (B, T, H)
     targets = ids[mask]  # (N,)
     kind = torch.zeros_like(targets) if kind is None else kind[mask]  # (N,)
     if blocked is None:
@@ -506,7 +556,8 @@ def token_stats(model, ids, mask, blocked=None, kind=None, temperature=1.0, with
         blocked = torch.zeros(1, size, dtype=torch.bool, device=ids.device)  # (1, V)
     weight, bias = head_weights(model, blocked.shape[1])  # (V, H), (V,)
     stats = TokenStats(*_TokenStats.apply(
-        predicting(hidden), ref_hidden, weight, bias, targets, blocked, kind, divisor(model, temperature)))  # (N,) each
+        predicting(hidden), ref_hidden, weight, bias, targets, blocked, kind, divisor(model, temperature),
+        with_kl == "forward"))  # (N,) each
     return (stats, hidden) if return_hidden else stats
 
 
@@ -522,12 +573,12 @@ def row_logps(hidden, weight, bias, blocked, temperature):
 class _TokenStats(torch.autograd.Function):
     """Gradients by hand, with z the logits, p the policy, q the reference, e_t the target's one-hot row:
 
-    d logp / dz = e_t - p,  d kl / dz = p (log p - log q - kl),
+    d logp / dz = e_t - p,  d KL(p || q) / dz = p (log p - log q - kl),  d KL(q || p) / dz = p - q,
     dz / dh = W / temperature. Entropy is logged only.
     """
 
     @staticmethod
-    def forward(ctx, hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature):
+    def forward(ctx, hidden, ref_hidden, weight, bias, targets, blocked, kind, temperature, forward_kl):
         N, V = len(targets), weight.shape[0]
         logp, entropy, kl, ref_logp = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))  # (N,) each
         need = ctx.needs_input_grad[0]
@@ -544,10 +595,16 @@ class _TokenStats(torch.autograd.Function):
             if ref_hidden is not None:
                 log_q = row_logps(ref_hidden[rows], weight, bias, mask, temperature)  # (n, V)
                 ref_logp[rows] = log_q.gather(1, target)[:, 0]  # (n,)
-                ratio = log_p.sub_(log_q)  # (n, V)
-                kl[rows] = (p * ratio).sum(-1)  # (n,)
+                if forward_kl:
+                    q = log_q.exp()  # (n, V)
+                    kl[rows] = (q * log_q.sub_(log_p)).sum(-1)  # (n,)
+                    slope = p - q  # (n, V)
+                else:
+                    ratio = log_p.sub_(log_q)  # (n, V)
+                    kl[rows] = (p * ratio).sum(-1)  # (n,)
+                    slope = p * ratio.sub_(kl[rows, None])  # (n, V)
                 if grads[1] is not None:
-                    grads[1][rows] = (p * ratio.sub_(kl[rows, None])).to(weight.dtype) @ weight / temperature  # (n, H)
+                    grads[1][rows] = slope.to(weight.dtype) @ weight / temperature  # (n, H)
             if grads[0] is not None:  # e_t - p before the cast: in bf16 a p of 0.999 is 1, and nothing would be left
                 p.neg_().scatter_add_(1, target, torch.ones_like(p[:, :1]))  # (n, V)
                 grads[0][rows] = p.to(weight.dtype) @ weight / temperature  # (n, H)
@@ -559,4 +616,4 @@ class _TokenStats(torch.autograd.Function):
     def backward(ctx, d_logp, d_entropy, d_kl, d_ref_logp):  # (N,) each
         total = sum(grad * up[:, None].to(grad.dtype) for grad, up in zip(ctx.grads, (d_logp, d_kl))
                     if grad is not None)  # (N, H)
-        return (total,) + (None,) * 7
+        return (total,) + (None,) * 8

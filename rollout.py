@@ -245,11 +245,27 @@ class Writer:
                 for step, window, think, text, n, closed, paid, real in rows]
 
 
-def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=False):
-    """TokenStats of the sampled tokens of some rows, under the active adapter and the sampler's forbidden ids."""
+def sampled_stats(model, roll, rows, rules, temperature, with_kl, return_hidden=False, freeze_context=False):
+    """TokenStats of the sampled tokens of some rows, under the active adapter and the sampler's forbidden ids.
+
+    freeze_context: no gradient through the keys and values of the prompt, but for its last token's.
+    """
     kind = torch.where(roll.thinking[rows], THINKING, COMPLETION)  # (b, T)
+    frozen = roll.sampled[rows].int().argmax(1) - 1 if freeze_context else None  # (b,)
     return token_stats(model, roll.ids[rows], roll.sampled[rows], rules.blocked, kind, temperature, with_kl,
-                       roll.shared, return_hidden)  # (N,) each
+                       roll.shared, return_hidden, frozen)  # (N,) each
+
+
+def truth_stats(model, writer, windows, thoughts, shared=0):
+    """TokenStats of the truths' tokens as completions after thoughts (ids), under the active adapter; and how many
+    tokens each truth has.
+    """
+    rows = [writer.truth_ids(*pair) for pair in zip(windows, thoughts)]
+    ids = pad([before + truth for before, truth in rows], writer.rules.pad, model.device)  # (b, T)
+    mask = pad([[0] * len(before) + [1] * len(truth) for before, truth in rows], 0, ids.device, torch.bool)  # (b, T)
+    stats = token_stats(model, ids, mask, writer.rules.blocked, torch.full_like(ids, COMPLETION),
+                        writer.args.temperature, shared=shared)  # (N,) each
+    return stats, [len(truth) for _, truth in rows]
 
 
 def rng_for(*key):

@@ -35,7 +35,7 @@ SMALL = DEMO | dict(
     num_steps=80, d_warmup=4, g_lr=5e-4, d_lr=3e-4, floor_sequences=640,
     featurizer="sentence-transformers/all-MiniLM-L6-v2")
 PRESETS = dict(writeup={}, demo=DEMO, small=SMALL)
-REASON = dict(g_reward="azr")  # defaults of --disc reason
+REASON, FEATURES = dict(g_reward="azr"), dict(g_reward="logit", d_warmup=0)  # defaults of --disc reason and features
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
 MAY_CHANGE = "micro_batch grad_ckpt device featurizer seeds save_every track".split()  # with --resume
 
@@ -64,19 +64,39 @@ def flags(words=None):
     add("--echo_tokens", type=int, default=16, help="extra tokens for an echo of the prefix, and words of it (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
-    add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
+    add("--g_reward", choices=["prob", "neglog", "logit", "lift", "azr"], default="prob",
+        help="p_real, -log(1 - p_real), the discriminator's logit, neglog with lift for the thinking, or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
+    add("--kl_form", choices=["exact", "k1", "k2", "k3"], default="exact",
+        help="the KL summed over the vocabulary, or an estimate from the sampled token")
+    add("--kl_dir", choices=["reverse", "forward"], default="reverse", help="KL of policy to base, or of base to policy")
+    add("--kl_target", type=float, default=0.0, help="KL that --kl_coef is adapted to, in nats a token (0: it is fixed)")
+    add("--freeze_context", action=Switch, default=False, help="no gradient through the prompt's keys and values")
+    add("--kl_agg", choices=["mean", "rms", "p95", "max"], default="mean",
+        help="a sequence's KL, from that of its tokens, as --kl_tau measures it")
+    add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
+    add("--baseline", choices=["ema", "loo", "none"], default="ema",
+        help="what a reward is compared with: the moving average, the mean of the others in its group, or nothing")
+    add("--group", type=int, default=1, help="samples per prefix; one of them is recorded")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
+    add("--tis", type=float, default=0.0, help="limit of the importance weights of sampler against learner (0: none)")
+    add("--ce_coef", type=float, default=0.0, help="weight of cross-entropy on the truth, decays to 0 (0: off)")
+    add("--coh_floor", type=float, default=0.0, help="coherence below which the run ends, as a mean over three steps")
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
     add("--merge", action=Switch, default=None,
         help="sample from merged weights; in 16 bits rounding loses small changes (default: in fp32 only)")
     add = parser.add_argument_group("discriminator").add_argument
-    add("--disc", choices=["head", "reason"], default="head", help="a linear head, or verdicts in words after thinking")
+    add("--disc", choices=["head", "reason", "features"], default="head",
+        help="a linear head; verdicts in words after thinking; likeness to the truth in the base's states, untrained")
     add("--d_lr", type=float, default=2e-4, help="learning rate, decays linearly to 0 (0: the discriminator is frozen)")
     add("--d_loss", choices=["ce", "pair"], default="ce", help="cross-entropy per text, or Bradley-Terry per pair")
     add("--d_loss_scale", type=float, default=1.0, help="factor on the loss; acts only through --grad_clip")
+    add("--d_smooth", type=float, default=0.0, help="label smoothing of the cross-entropy")
+    add("--d_replay", type=float, default=0.0, help="share of its generated texts that are from earlier steps")
+    add("--d_dropout", type=float, default=0.0, help="dropout of the head's input")
+    add("--d_gate", type=float, default=1.0, help="accuracy above which a step does not train it (1: none)")
     add("--d_pool", choices=["last", "mean"], default="last", help="the head reads the last hidden state or the mean")
     add("--d_think_tokens", type=int, default=None,
         help="thinking budget of --disc reason (default: same as --reasoning_tokens)")
@@ -88,7 +108,8 @@ def flags(words=None):
     add("--micro_batch", type=int, default=0, help="sequences per forward pass: less memory, same gradient (0: all)")
     add("--grad_ckpt", action=Switch, default=False, help="gradient checkpointing: less memory, slower")
     add("--num_steps", type=int, default=1600, help="generator steps")
-    add("--optim", choices=["adam", "adam8bit"], default="adam", help="adam8bit keeps 8-bit moments (bitsandbytes)")
+    add("--optim", choices=["adam", "adam8bit", "muon", "apollo"], default="adam",
+        help="adam8bit keeps 8-bit moments (bitsandbytes); apollo needs apollo-torch")
     add("--beta1", type=float, default=0.95, help="Adam's beta1")
     add("--beta2", type=float, default=0.95, help="Adam's beta2")
     add("--grad_clip", type=float, default=1.0, help="maximum gradient norm")
@@ -105,6 +126,7 @@ def flags(words=None):
     preset, reason = parser.peek("--preset"), parser.peek("--disc") == "reason"
     plain = parser.peek("--prompt") == "plain"  # nobody asks for thinking or an echo then
     for applies, defaults in ((preset in PRESETS, PRESETS.get(preset)), (reason, REASON),
+                              (parser.peek("--disc") == "features", FEATURES),
                               (reason and preset == "demo", DEMO_REASON),
                               (plain, dict(reasoning_tokens=0, echo_tokens=0))):  # later ones win
         parser.set_defaults(**defaults if applies else {})
@@ -138,17 +160,19 @@ if __name__ == "__main__":
     from checkpoint import Signals, Tracker, explain_failures, lock, make_out_dir, pin, restore, save, write_args
     from data import plain_encoder, prompt_notes, prompt_template, windows
     from discriminator import make_judge
-    from evaluate import evaluate
+    from evaluate import evaluate, truth_nats
     from measures import batch_metrics, check_featurizer, policy_metrics
     from model import TokenStats, checked_device, load_players, load_tokenizer, located, memory_gb, micro_batches
     from plot import plot_runs
-    from reward import Baseline, generator_reward, length_score, policy_loss
-    from rollout import Writer, probe, sampled_stats
+    from reward import (Baseline, adapted_coef, centred, generator_reward, kl_barrier, kl_term, length_score,
+                        policy_loss, truncated_ratio)
+    from rollout import Writer, probe, sampled_stats, truth_stats
     from sampler import Sampler
 
     # -----------------------------------------------------------------------------
     # set-up: device, data, model, players. B sequences, R and C token budgets, N sampled tokens
-    B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0
+    B, R, C, with_kl = args.batch_size, args.reasoning_tokens, args.completion_tokens, args.kl_coef > 0 and args.kl_dir
+    G = args.group  # samples of one prefix stand side by side in a batch
     device = checked_device(args.device, args.deterministic)
     explain_failures()
     if args.seeds:
@@ -175,7 +199,7 @@ if __name__ == "__main__":
     discriminator.optimize(args.d_lr, args, judge.parameters())
 
     # what the loop changes: players, head, baseline, step; sampling and data are functions of seed and position
-    baseline, first_step = Baseline(args.ema_decay, args.adv_norm), -args.d_warmup
+    baseline, first_step = Baseline(args.ema_decay, args.adv_norm, args.baseline, G), -args.d_warmup
     if args.resume:
         out_dir = pathlib.Path(args.resume)
         lock(out_dir)
@@ -194,14 +218,14 @@ if __name__ == "__main__":
     print(f"{out_dir}: {args.model} on {device}, {num_trained:,} trained parameters", flush=True)
 
     # the floor: what the untrained base (adapter None) writes for the very prefixes that the run will end with
-    total = args.num_steps * B
+    total = args.num_steps * B // G
     num_floor = min(args.floor_sequences, total)
     if num_floor and len(read_lines(out_dir / "floor.jsonl")) != num_floor:
         rows = []
         for first in tqdm(range(total - num_floor, total, max(B, 32)), desc="floor"):
             place = range(first, min(first + max(B, 32), total))
             batch = [stream[i] for i in place]
-            rows += writer.records([i // B for i in place], batch, writer.write(batch, None, "floor", first))
+            rows += writer.records([i * G // B for i in place], batch, writer.write(batch, None, "floor", first))
             if signals.stop:
                 signals.leave("before the first step", out_dir)
         write_whole(out_dir / "floor.jsonl", json_lines(rows))
@@ -211,13 +235,16 @@ if __name__ == "__main__":
 
     # -----------------------------------------------------------------------------
     # the loop; steps below 0 warm up the discriminator alone, on windows that follow the run's own
-    started = time.perf_counter()
+    started, coherence, past = time.perf_counter(), [], []
+    if args.d_replay:
+        past = read_lines(out_dir / "rollouts.jsonl")
+    kl_coef = ([args.kl_coef] + [row["kl_coef"] for row in read_lines(out_dir / "metrics.jsonl") if "kl_coef" in row])[-1]
     for step in range(first_step, args.num_steps):
         t0, lr_factor = time.perf_counter(), 1 - max(step, 0) / args.num_steps  # linear decay, after the warm-up
 
         # sample: thinking and completion for each prefix
-        first = step * B if step >= 0 else total + (step + args.d_warmup) * B
-        batch = [stream[i] for i in range(first, first + B)]
+        first = step * B if step >= 0 else total * G + (step + args.d_warmup) * B
+        batch = [stream[i // G] for i in range(first, first + B)]
         samples = writer.write(batch, generator.adapter, "rollout", first)
         roll, t1 = samples.roll, time.perf_counter()
 
@@ -234,28 +261,47 @@ if __name__ == "__main__":
         if step >= 0:
             generator.activate()
             advantage, g_loss, parts = baseline.advantages(reward, judged.counts), 0.0, []  # (B,)
+            if args.g_reward == "lift":  # thinking is paid for what it adds to the truth's log-prob
+                empty, own = (truth_nats(generator.model, writer, batch, think) for think in ([[]] * B, roll.think))
+                gain = torch.tensor(empty, device=device) - torch.tensor(own, device=device)  # (B,)
+                lift = centred(gain, args.adv_norm)  # (B,)
             for rows in micro_batches(range(B), args.micro_batch):
-                stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
-                weights = advantage[rows].repeat_interleave(roll.sampled[rows].sum(1))  # (N,)
-                loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, B * (R + C))  # ()
+                stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl,
+                                      freeze_context=args.freeze_context)  # (N,) each
+                sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
+                weights = advantage[rows].repeat_interleave(sizes)  # (N,)
+                if args.g_reward == "lift":
+                    thinks = roll.thinking[rows][roll.sampled[rows]]  # (N,)
+                    weights = torch.where(thinks, lift[rows].repeat_interleave(sizes), weights)  # (N,)
+                weights = weights * truncated_ratio(stats.logp, drawn, args.tis) if args.tis else weights  # (N,)
+                penalty = kl_barrier(kl_term(stats, sizes.tolist(), args.kl_form), sizes.tolist(), args.kl_agg, args.kl_tau)
+                loss = policy_loss(stats.logp, penalty, weights, kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 g_loss += loss.item()
                 parts.append([x.detach() for x in stats])
+            for rows in micro_batches(range(B), args.micro_batch) if args.ce_coef else ():  # teacher forcing
+                true, _ = truth_stats(generator.model, writer, [batch[i] for i in rows], [roll.think[i] for i in rows])
+                generator.backward(-args.ce_coef * lr_factor * true.logp.sum() / (B * C))
             all_stats = TokenStats(*map(torch.cat, zip(*parts)))  # (N,) each
             row |= dict(baseline=baseline.used, advantage_sd=advantage[judged.counts].std(correction=0).item(),
                         g_loss=g_loss, g_grad_norm=generator.step(lr_factor),
                         **policy_metrics(all_stats, roll, with_kl))
+            if args.kl_target:
+                row["kl_coef"] = kl_coef = adapted_coef(kl_coef, row["kl"], args.kl_target)
 
         # discriminator step: cross-entropy on the real and the generated text of every prefix
         discriminator.activate()
+        judged = judge.replay(judged, past, first) if args.d_replay and past else judged
         d_loss, right = 0.0, torch.zeros(2)  # (2,) of real, of generated
         for rows in micro_batches(judged.shown, args.micro_batch):
             loss, num_right = judge.loss(judged, rows)  # (), (2,)
             discriminator.backward(loss)
             d_loss += loss.item()
             right += num_right
-        d_grad_norm = discriminator.step(lr_factor)
         d_acc_real, d_acc_generated = (right / max(len(judged.shown), 1)).tolist()
+        if (d_acc_real + d_acc_generated) / 2 > args.d_gate:  # too far ahead
+            discriminator.zero_grad()
+        d_grad_norm = discriminator.step(lr_factor)
         t2 = time.perf_counter()
 
         # log
@@ -267,7 +313,8 @@ if __name__ == "__main__":
         if step >= 0:
             d_metrics, verdicts = judge.metrics(judged, step)
             counted, read = reward.where(judged.counts, torch.nan), judged.p_real.where(judged.read, torch.nan)  # (B,)
-            records = writer.records([step] * B, batch, samples, counted, read)
+            records = writer.records([step] * B, batch, samples, counted, read)[::G]
+            past += records if args.d_replay else []
             for name, lines in dict(metrics=[row | d_metrics], rollouts=records, verdicts=verdicts).items():
                 if name in files:  # verdicts are there with --disc reason only
                     files[name].write(json_lines(lines))
@@ -286,6 +333,11 @@ if __name__ == "__main__":
             save(out_dir, step + 1, players, judge, baseline, stream, files.values())
         if signals.stop:
             signals.leave(f"after step {step}", out_dir)
+        coherence = [*coherence[-2:], row.get("coherence", 1.0)]  # the KL's pass measures it
+        if args.coh_floor and sum(coherence) / len(coherence) < args.coh_floor:
+            save(out_dir, step + 1, players, judge, baseline, stream, files.values())
+            print(f"the last coherences, {coherence}, are below --coh_floor on average: saved, and ended")
+            break
 
     # -----------------------------------------------------------------------------
     # MAUVE of the last sequences, beside the floor and a ceiling

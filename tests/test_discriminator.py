@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data import Window
-from discriminator import (UNPARSED, VALUE_COEF, Head, Reason, cut_alike, discriminator_loss, training_labels, pair_ids,
-                           parse_verdict, verdict_ids)
+from discriminator import (UNPARSED, VALUE_COEF, Features, Head, Reason, cut_alike, discriminator_loss, match_score,
+                           pair_ids, parse_verdict, training_labels, verdict_ids)
 from model import Player, adapter_parameters
 from reward import REAL, policy_loss
 from rollout import sampled_stats, strip_echo
@@ -19,7 +19,7 @@ WINDOWS = [Window(PREFIX, SEP, TRUTH), Window("The first line", " ", "says what 
 TEXTS = ["Sure! Here is what comes next, as you wished: an array.", "", "two arrays differ in shape or type.", "x"]
 SAID = [REAL, 1 - REAL, REAL, 1 - REAL, 1 - REAL, UNPARSED]  # on three real texts, then on three generated ones
 FLAGS = dict(d_pool="mean", d_loss="ce", d_loss_scale=2, d_shuffle=False, d_think_tokens=None, d_kl_coef=0.1, seed=0,
-             batch_size=4, micro_batch=0, prefix_tokens=16, completion_tokens=24, reasoning_tokens=5, temperature=1)
+             d_smooth=0.0, d_dropout=0.0, d_replay=0.5, group=1, batch_size=4, micro_batch=0, prefix_tokens=16, completion_tokens=24, reasoning_tokens=5, temperature=1)
 
 
 def judge_of(tiny, kind=Head, start=False, **flags):
@@ -30,6 +30,41 @@ def judge_of(tiny, kind=Head, start=False, **flags):
     if not start:
         torch.nn.init.normal_([*judge.parameters()][-2], generator=torch.Generator().manual_seed(2))
     return judge
+
+
+def test_the_match_score_equals_hand_values():
+    a, b = torch.tensor([1.0, 0]), torch.tensor([0.6, 0.8])
+    real, generated = torch.stack([a, a, b, b])[:, None], torch.stack([a, b, b, b])[:, None]  # (4, 1, 2)
+    assert match_score(real, generated, 2).tolist() == pytest.approx([2 - 0.6, 1.2 - 0.6, 2 - 1, 2 - 1])
+    assert match_score(real, generated, 1).tolist() == pytest.approx([2, 1.2, 2, 2])
+    assert match_score(real.repeat(1, 3, 1), generated.repeat(1, 3, 1), 4).tolist() == pytest.approx(
+        [2 - 1.8 / 3, 1.2 - 2.6 / 3, 2 - 2.6 / 3, 2 - 2.6 / 3])
+
+
+def test_features_find_the_truth_itself_most_alike_and_need_no_training(tiny):
+    judge = judge_of(tiny, Features, start=True)
+    for _ in range(2):
+        judged = judge.score(WINDOWS, [WINDOWS[0].truth, "", *TEXTS[2:]], 0)
+        assert judged.score[0].item() == pytest.approx(2, abs=1e-4) and judged.score[1] == 0
+        assert judged.score[2:].max() < 1.99 and judged.shown == [] and judged.read.tolist() == [True, False, True, True]
+    assert judge.seen == 1 and {*judge.state_dict()} == {"mean", "variance", "seen"} and not [*judge.parameters()]
+
+
+def test_replayed_pairs_are_those_of_past_records(tiny):
+    judge = judge_of(tiny)
+    judged = judge.score(WINDOWS, TEXTS, 0)
+    past = [dict(prefix=PREFIX, sep=SEP, truth=TRUTH, completion=f"old text {i}") for i in range(3)]
+    wanted = [pair_ids(judge.encode, judge.bos, *record.values()) for record in past]
+    found = [judge.replay(judged, past, first).detail for first in range(0, 200, 4)]
+    old = [pairs[i] in wanted for pairs in found for i in judged.shown]
+    assert 0.3 < sum(old) / len(old) < 0.7 and all(pairs[i] in [*wanted, judged.detail[i]] for pairs in found for i in range(4))
+    assert [judge.replay(judged, past, 8).detail for _ in range(2)] == [found[2]] * 2  # a function of the position
+
+
+def test_smoothed_labels_equal_a_hand_value():
+    logits, labels = torch.tensor([[0.0, 2.0]]), torch.tensor([REAL])
+    logp = logits.log_softmax(-1)[0]
+    assert discriminator_loss(logits, labels, "ce", 0.2) == pytest.approx(-(0.9 * logp[1] + 0.1 * logp[0]).item())
 
 
 @pytest.mark.parametrize("opening", ["", " ", "\n\n", "\t \n", "... of the given ", "\u2026of the given\n"])
@@ -165,3 +200,16 @@ def test_an_immediate_verdict_is_the_chance_of_its_first_token_after_an_empty_th
     for k, (row, end) in enumerate(zip(verdicts.roll.ids.tolist(), verdicts.ends)):
         logits = judge.player.model(torch.tensor([row[:end + 1] + judge.opening])).logits[0, -1, judge.choice]  # (2,)
         assert verdicts.immediate[k].item() == pytest.approx(logits.softmax(-1)[REAL].item(), rel=1e-3)
+
+
+def test_dropout_zeroes_its_share_of_the_heads_input_in_the_loss_alone_by_position(tiny, monkeypatch):
+    judge, seen = judge_of(tiny, d_dropout=0.25), []
+    judged = judge.score(WINDOWS, TEXTS, 3)
+    whole = judge.loss(judged, [0, 2])[0]
+    monkeypatch.setattr(judge, "forward", lambda hidden, mask, kept: seen.append(kept) or torch.zeros(len(hidden), 2))
+    for first in (3, 3, 4):
+        judge.loss(judged._replace(first=first), [0, 2])
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]) and seen[0].shape == (4, 32)
+    assert seen[0].unique().tolist() == pytest.approx([0.0, 4 / 3]) and 0.1 < (seen[0] == 0).float().mean() < 0.4
+    judge.score(WINDOWS, TEXTS, 3)
+    assert seen[-1] == 1.0 and whole.isfinite()

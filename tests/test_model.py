@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
 
 from model import (_TokenStats, Player, adapter_parameters, add_adapters, causal_lm, checkpoint_layers, head_logits,
-                   hidden_states, load_adapter, load_model, token_stats, without_adapters)
+                   hidden_states, load_adapter, load_model, make_optimizers, token_stats, without_adapters)
 
 V = 4090  # the tiny model's output layer has ten rows more
 g = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def test_gradients_of_confident_tokens_survive_bf16(length):
     weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)).bfloat16()  # (V, H)
     hidden = (weight[3:4] / weight[3].norm() ** 2 * length).requires_grad_()  # (1, H)
     none, target = torch.zeros(1, 512, dtype=torch.bool), torch.tensor([3])  # (1, V), (1,)
-    _TokenStats.apply(hidden, None, weight, None, target, none, target * 0, 1.0)[0].sum().backward()
+    _TokenStats.apply(hidden, None, weight, None, target, none, target * 0, 1.0, False)[0].sum().backward()
     logits = torch.nn.functional.linear(hidden.detach(), weight).double()[0]  # (V,) rounded to bf16, as they were seen
     exact = (torch.eye(512, dtype=torch.double)[3] - logits.softmax(-1)) @ weight.double()  # (H,)
     assert (hidden.grad[0].double() - exact).norm() < 0.02 * exact.norm()
@@ -168,3 +168,70 @@ def test_a_players_step_clips_and_skips_a_gradient_that_is_not_finite(dtype, tin
     assert player.step(0.1) == pytest.approx(5.0) and p.grad is None and player.bad_steps == 0
     torch.testing.assert_close(player.optimizer.state[p]["exp_avg"], 0.1 * torch.tensor([0.3, 0.4]))  # clipped to 0.5
     torch.testing.assert_close(p.data, torch.full((2,), 0.95))  # Adam's first step: its learning rate
+
+
+def test_the_forward_kl_and_its_gradient_equal_plain_torch(tiny):
+    stats, hidden = token_stats(tiny[0], *GIVEN, 0.7, with_kl="forward", return_hidden=True)
+    states = hidden.detach().requires_grad_()  # (B, T, H)
+    with torch.no_grad(), without_adapters(tiny[0]):
+        base = hidden_states(tiny[0], IDS)  # (B, T, H)
+    p, q = (Categorical(logits=(head_logits(tiny[0], x[:, :-1][MASK[:, 1:]], V).double() / 0.7).masked_fill(
+        BLOCKED[KIND[MASK]], -1e30)) for x in (states, base))
+    wanted = kl_divergence(q, p)  # (N,)
+    torch.testing.assert_close(stats.kl.double(), wanted, rtol=1e-4, atol=2e-5)
+    ours, = torch.autograd.grad(stats.kl.sum(), hidden)
+    theirs, = torch.autograd.grad(wanted.float().sum(), states)
+    assert ((ours - theirs).norm(dim=-1) <= 1e-4 * theirs.norm(dim=-1)).all()
+
+
+def test_frozen_context_has_the_same_states_and_the_gradient_of_detached_keys_and_values(tiny_folder):
+    frozen, found = torch.tensor([3, 7, 5]), []
+    for cut in (True, False):
+        model = adapted(tiny_folder)
+        def detach(_, x, out):
+            keep = (torch.arange(16) >= frozen[:, None])[..., None]  # (B, T, 1)
+            return torch.where(keep, out, out.detach())
+        for layer in causal_lm(model).base_model.layers if cut else ():
+            layer.self_attn.k_proj.register_forward_hook(detach)
+            layer.self_attn.v_proj.register_forward_hook(detach)
+        hidden = hidden_states(model, IDS, frozen=None if cut else frozen)  # (B, T, H)
+        kept = hidden[torch.arange(16) >= frozen[:, None]]  # (n, H)
+        (kept * torch.linspace(-1, 1, kept.numel()).view_as(kept)).sum().backward()
+        found.append((kept, {name: p.grad for name, p in model.named_parameters() if "lora_" in name}))
+    (theirs, wanted), (ours, grads) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert wanted.keys() == grads.keys() and all(close(grads[name], wanted[name], 1e-4) for name in wanted)
+    whole = adapted(tiny_folder)
+    gradient(whole)
+    assert any(not close(grads[name], p.grad, 0.1) for name, p in whole.named_parameters() if "k_proj.lora_B" in name)
+
+
+@pytest.mark.parametrize("kind, groups", [("adam", [5]), ("muon", [3, 2]), ("apollo", [3, 2])])
+def test_matrices_get_the_optimiser_that_was_asked_for_and_the_rest_adam(kind, groups):
+    if kind == "apollo":
+        pytest.importorskip("apollo_torch")
+    params = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((4, 8), (8, 4), (600, 300), (8,), (1,))]
+    optimizers = make_optimizers(params, 0.1, (0.9, 0.9), kind)
+    assert [sum(len(group["params"]) for group in x.param_groups) for x in optimizers] == groups
+    if kind == "muon":  # an orthogonal update whose root mean square is 0.2, as Adam's is about
+        old = params[2].detach().clone()
+        params[2].grad = torch.randn(600, 300, generator=g)
+        optimizers[0].step()
+        change = params[2].detach() - old
+        assert change.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.1)
+        assert torch.linalg.svdvals(change)[[0, -1]].div(0.1 * 0.2 * 600 ** 0.5).sub(1).abs().max() < 0.4
+    if kind == "apollo":
+        assert [(x["rank"], x["scale"], x["update_proj_gap"]) for x in optimizers[0].param_groups] == [
+            (4, 1.0, 200), (4, 1.0, 200), (256, 300 / 256, 200)]
+        sizes = []
+        for growth in (1.0, 100.0):
+            old = params[2].detach().clone()
+            params[2].grad = growth * torch.ones(600, 300)
+            optimizers[0].step()
+            sizes.append(optimizers[0].state[params[2]]["scaled_grad"].item())
+        assert sizes[1] <= 1.01 * sizes[0] * (1 + 1e-5)  # the limit of the norm's growth
+        first = optimizers[0].state[params[2]]["projector"].ortho_matrix.clone()
+        for step in range(2, 202):
+            optimizers[0].step()
+            same = torch.equal(first, optimizers[0].state[params[2]]["projector"].ortho_matrix)
+            assert same == (step < 200), step

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from discriminator import Judged
-from reward import REAL, Baseline, generator_reward, length_score, policy_loss
+from model import TokenStats
+from reward import (REAL, Baseline, adapted_coef, centred, generator_reward, kl_barrier, kl_term, length_score,
+                    policy_loss, truncated_ratio)
 
 
 def test_length_score_is_n_over_the_budget_and_at_most_one():
@@ -34,6 +36,14 @@ def test_reward_rises_with_p_real_is_never_negative_and_stays_finite(kind):
     rewards = [reward_of(kind, logits=logits) for logits in ((40.0, -40.0), (1.0, 0.0), (0.0, 0.0), (0.0, 1.0))]
     assert rewards[0] >= 0 and rewards == sorted(rewards) and len(set(rewards)) == 4
     assert reward_of(kind, logits=(-200.0, 200.0)) == pytest.approx(1.0 if kind == "prob" else 400.0)
+
+
+def test_the_logit_is_the_margin_above_the_lowest_of_the_batch_and_an_empty_text_earns_nothing():
+    logps = torch.tensor([[0.0, 3.0], [0.0, -1.0], [20.0, -20.0], [0.0, -torch.inf]]).log_softmax(-1)  # (4, 2)
+    read = torch.tensor([True, True, True, False])
+    judged = Judged([0, 1, 2], read, read, logps[:, REAL].exp(), logps[:, 1 - REAL], None, None, None)
+    got = generator_reward(judged, torch.tensor([0.5, 1, 1, 1]), "logit", 2.0)
+    assert got.tolist() == pytest.approx([2 * 0.5 * (3 + 40), 2 * (40 - 1), 0, 0])
 
 
 @pytest.mark.parametrize("d_value, wanted", [(0.0, 0.0), (0.125, 0.0), (0.126, 0.874), (0.5, 0.5), (1.0, 0.0)])
@@ -66,6 +76,16 @@ def test_the_baseline_equals_the_table_and_its_state_is_all_there_is(normalize):
             assert (one.used, one.mean, one.variance) == pytest.approx((used, mean, variance))
 
 
+@pytest.mark.parametrize("kind, group, wanted", [
+    ("loo", 2, [1 - 3, 3 - 1, 5 - 7, 7 - 5, 0, 0]),  # the last is alone in its group: nothing to compare it with
+    ("loo", 3, [1 - 4, 3 - 3, 5 - 2, 7 - 9, 0, 9 - 7]),
+    ("loo", 1, [1 - 6, 3 - 5.5, 5 - 5, 7 - 4.5, 0, 9 - 4]),  # the whole batch is one group
+    ("none", 1, [1, 3, 5, 7, 0, 9])])
+def test_other_baselines_equal_the_table(kind, group, wanted):
+    reward, counts = torch.tensor([1.0, 3, 5, 7, 99, 9]), torch.tensor([1, 1, 1, 1, 0, 1]) > 0
+    assert Baseline(0.9, False, kind, group).advantages(reward, counts).tolist() == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("reward, counts", [([1.0, 2.0], [0, 0]), ([math.nan, 1.0], [1, 1]), ([math.inf, 1.0], [1, 1])])
 def test_a_first_batch_without_a_finite_mean_leaves_the_baseline_unset(reward, counts):
     baseline, counts = Baseline(0.9, True), torch.tensor(counts) > 0
@@ -80,6 +100,34 @@ def test_normalised_advantages_are_bounded_where_all_rewards_were_equal_before()
     assert advantages[3].item() == pytest.approx((4 / 0.1) ** 0.5, rel=1e-3)  # sqrt(B / (1 - decay))
 
 
+@pytest.mark.parametrize("kl_agg, levels", [("mean", (2, 0.5)), ("rms", ((24 / 4 + 1e-8) ** 0.5, 0.5)),
+                                            ("p95", (2 + 0.85 * 2, 0.5)), ("max", (4, 0.5))])
+def test_the_barrier_charges_what_exceeds_it_and_its_gradient_is_the_exact_one(kl_agg, levels):
+    kl = torch.tensor([0.0, 4, 2, 2, 0.5], dtype=torch.double, requires_grad=True)  # sequences of 4, 0 and 1 tokens
+    penalty = kl_barrier(kl, [4, 0, 1], kl_agg, 1.0)
+    assert penalty.tolist() == pytest.approx([levels[0] - 1] * 4 + [0])
+    assert torch.autograd.gradcheck(lambda x: kl_barrier(x, [4, 0, 1], kl_agg, 1.0).sum(), kl + torch.arange(5) / 1e3)
+    assert torch.equal(kl_barrier(kl, [4, 0, 1], "mean", 0.0), kl)
+
+
+def test_centred_rewards_equal_hand_values():
+    assert centred(torch.tensor([1.0, 2, 6]), False).tolist() == [-2, -1, 3]
+    assert centred(torch.tensor([1.0, 2, 6]), True).tolist() == pytest.approx([x / (14 / 3) ** 0.5 for x in (-2, -1, 3)])
+    assert centred(torch.ones(3), True).tolist() == [0, 0, 0]
+
+
+def test_the_barrier_is_finite_at_zero_and_where_nothing_was_sampled():
+    kl = torch.zeros(3, requires_grad=True)
+    kl_barrier(kl, [3], "rms", 0.0).sum().backward()
+    assert kl.grad.isfinite().all() and kl_barrier(kl[:0], [0, 0], "max", 0.1).shape == (0,)
+
+
+def test_importance_weights_are_ratios_cut_off_above_and_carry_no_gradient():
+    logp = torch.tensor([-1.0, -1.0, -3.0], requires_grad=True)
+    found = truncated_ratio(logp, torch.tensor([-1.0, -2.0, -2.0]), 2.0)
+    assert found.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)]) and not found.requires_grad
+
+
 def test_policy_loss_and_its_gradient_equal_hand_values():
     logp, kl = (torch.tensor(x, requires_grad=True) for x in ([-1.0, -2.0, -0.5], [0.1, 0.2, 0.4]))  # (N,) each
     loss = policy_loss(logp, kl, torch.tensor([1.0, 1.0, -2.0]), 0.5, 10)
@@ -87,3 +135,39 @@ def test_policy_loss_and_its_gradient_equal_hand_values():
     loss.backward()
     assert logp.grad.tolist() == pytest.approx([-0.1, -0.1, 0.2])  # a good sequence becomes more likely
     assert kl.grad.tolist() == pytest.approx([0.05] * 3)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_an_estimate_of_the_kl_has_the_exact_gradient_of_its_own_kl_on_average(kind):
+    # texts of two tokens out of three, the second drawn after the first; p is the policy, q the base
+    g = torch.Generator().manual_seed(0)
+    first, second, q_first, q_second = (torch.randn(*shape, generator=g, dtype=torch.double).requires_grad_()
+                                        for shape in ((3,), (3, 3)) * 2)
+    log_p, log_p2, log_q, log_q2 = (x.log_softmax(-1) for x in (first, second, q_first, q_second))
+    total = 0.0
+    for a in range(3):
+        for b in range(3):
+            logp, ref_logp = torch.stack([log_p[a], log_p2[a, b]]), torch.stack([log_q[a], log_q2[a, b]]).detach()
+            term = kl_term(TokenStats(logp, None, None, ref_logp), [2], kind).sum()
+            total = total + (log_p[a] + log_p2[a, b]).exp().detach() * term  # a mean over what is drawn
+    p, q = log_p.exp(), log_q.exp()
+    reverse = (p * (log_p - log_q)).sum(), (log_p2.exp() * (log_p2 - log_q2)).sum(-1)  # (), (3,)
+    forward = (q * (log_q - log_p)).sum(), (log_q2.exp() * (log_q2 - log_p2)).sum(-1)
+    wanted = {"k1": reverse[0] + (p * reverse[1]).sum(),  # of the whole text
+              "k2": reverse[0] + (p.detach() * reverse[1]).sum(),
+              "k3": forward[0] + (p.detach() * forward[1]).sum()}[kind]
+    for ours, theirs in zip(*(torch.autograd.grad(x, (first, second), retain_graph=True) for x in (total, wanted))):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_estimates_of_the_kl_equal_hand_values_and_are_zero_at_the_base():
+    stats = TokenStats(torch.tensor([-1.0, -2.0, -3.0]), None, torch.tensor([7.0, 8, 9]), torch.tensor([-2.0, -2.0, -2.0]))
+    assert kl_term(stats, [2, 1], "exact").tolist() == [7, 8, 9]
+    assert kl_term(stats, [2, 1], "k1").tolist() == [-1, 0, 3]  # r is 1, 0, -1; summed from each token on, by text
+    assert kl_term(stats, [2, 1], "k2").tolist() == [0.5, 0, 0.5]
+    assert kl_term(stats, [2, 1], "k3").tolist() == pytest.approx([math.exp(-1), 0, math.e - 2])
+
+
+def test_the_adapted_coefficient_moves_at_most_two_percent_toward_the_target():
+    assert [adapted_coef(0.5, kl, 0.1) for kl in (0.0, 0.09, 0.1, 0.11, 9.0)] == pytest.approx(
+        [0.49, 0.495, 0.5, 0.505, 0.51])

@@ -52,7 +52,12 @@ def test_the_metrics_mean_what_they_say(finished):
     "--quant nf4 --micro_batch 2 --d_loss pair --d_pool last --g_reward prob",
     "--disc reason --adapters shared --d_think_tokens 0 --g_reward prob --micro_batch 3 --d_shuffle",
     "--disc reason --d_model demo-small --d_kl_coef 0 --no-merge",
-    "--prompt plain --reasoning_tokens 0 --optim adam8bit --grad_ckpt --model demo-small"])
+    "--prompt plain --reasoning_tokens 0 --optim adam8bit --grad_ckpt --model demo-small",
+    "--baseline loo --group 2 --g_reward logit --kl_agg rms --kl_tau 0.01 --tis 2 --ce_coef 0.1 --micro_batch 3",
+    "--disc features --group 2 --baseline loo --micro_batch 3 --d_warmup 0",
+    "--baseline none --d_smooth 0.1 --d_replay 0.5 --d_gate 0.9 --g_reward lift --kl_agg p95 --coh_floor 0.01",
+    "--kl_form k1 --kl_target 0.1 --d_dropout 0.1 --freeze_context --optim muon --micro_batch 3 --dtype bf16",
+    "--kl_dir forward --freeze_context --prompt plain --reasoning_tokens 0", "--kl_form k3 --adapters shared --optim muon"])
 def test_every_way_to_train_trains(flags, train, tmp_path):
     ended = train(*flags.split(), "--floor_sequences", 0)
     assert ended.status == 0, ended.err
