@@ -318,6 +318,8 @@ def make_optimizers(params, lr, betas, kind):
     except ImportError:
         raise UserError("--optim apollo needs the package apollo-torch; install it, or choose another") from None
     groups = []
+    for p in matrices:
+        p.requires_grad_()  # the package passes over others when it numbers them; `activate` sets it again
     for p in matrices:  # arXiv 2412.05270; the package takes the root of the scale
         rank = min(256, *p.shape)
         groups.append(dict(params=[p], rank=rank, scale_type="channel", proj="random", proj_type="std",
