@@ -347,8 +347,6 @@ def check(args, given={}):
         (args.g_reward == "neglog" and reason, "--g_reward neglog needs --disc head; with reason, choose azr or prob"),
         (reason and (args.d_loss == "pair" or typed & {"d_loss", "d_pool"}),
          "--d_loss and --d_pool are for --disc head; --disc reason learns by policy gradient; leave them out"),
-        (not args.kl_coef and typed & {"kl_agg", "kl_tau"}, "--kl_agg and --kl_tau have no effect with --kl_coef 0"),
-        (args.kl_agg != "mean" and not args.kl_tau, f"--kl_agg {args.kl_agg} needs --kl_tau, the KL that is free"),
         (args.d_loss == "pair" and args.d_shuffle, "--d_shuffle shuffles labels, and --d_loss pair has none; use ce"),
         (not reason and (args.d_think_tokens is not None or "d_kl_coef" in typed),
          "--d_think_tokens and --d_kl_coef are for --disc reason; give it, or leave them out"),

@@ -71,21 +71,6 @@ class Baseline:
         self.mean, self.variance = state["mean"], state["variance"]
 
 
-def kl_barrier(kl, sizes, kl_agg, kl_tau):
-    """The KL penalty of each token (N,), before its coefficient: relu(level of the token's sequence - kl_tau).
-
-    kl: (N,), the sequences' tokens one after another; sizes: how many each has. A sequence's level is the mean of its
-    tokens' KL, or with kl_agg "rms" the root of their mean square: a few incoherent tokens raise that, and a mean hides
-    them. A kl_tau for one does not suit the other. With mean and 0 the KL itself is returned, which has the same sum.
-    """
-    if kl_agg == "mean" and kl_tau == 0:
-        return kl
-    levels = [part.mean() if kl_agg == "mean" else (part.square().mean() + 1e-8).sqrt()  # a root has no slope at 0
-              for part in kl.split(sizes) if len(part)]  # () each
-    kept = torch.tensor([n for n in sizes if n], device=kl.device)
-    return (torch.stack(levels) - kl_tau).relu().repeat_interleave(kept) if levels else kl  # (N,)
-
-
 def truncated_ratio(logp, sampler_logp, most):
     """Importance weights (N,) of tokens that another distribution drew, min(p / p_sampler, most), without gradient
     (truncated importance sampling): they differ by the sampler's rounding. most 0: all weights are 1.

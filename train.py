@@ -34,7 +34,7 @@ SMALL = DEMO | dict(
     model="HuggingFaceTB/SmolLM2-135M-Instruct", data="pile", device="cuda", dtype="bf16", batch_size=16, micro_batch=8,
     num_steps=80, d_warmup=4, g_lr=5e-4, d_lr=3e-4, floor_sequences=640,
     featurizer="sentence-transformers/all-MiniLM-L6-v2")
-PRESETS = dict(writeup={}, demo=DEMO, small=SMALL, best=DEMO | dict(ce_coef=0.3))
+PRESETS = dict(writeup={}, demo=DEMO, small=SMALL, best=DEMO | dict(optim="muon", g_lr=1e-2, d_lr=1.5e-2))
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
 MAY_CHANGE = "micro_batch grad_ckpt device sampler tis featurizer seeds save_every track".split()  # with --resume
@@ -67,8 +67,6 @@ def flags(words=None):
     add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
     add("--d_scale", type=float, default=30.0, help="factor on the reward")
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
-    add("--kl_agg", choices=["mean", "rms"], default="mean", help="how --kl_tau averages a sequence's KL")
-    add("--kl_tau", type=float, default=0.0, help="KL that is free, in nats a token: only what exceeds it is penalised")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
     add("--ce_coef", type=float, default=0.0, help="weight of the truth's cross-entropy, which decays to 0 (0: off)")
@@ -145,7 +143,7 @@ if __name__ == "__main__":
     from model import TokenStats, checked_device, load_players, load_tokenizer, memory_gb, micro_batches
     from plot import plot_runs
     from ranks import FIRST, everyone, join, leave, mine
-    from reward import Baseline, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
+    from reward import Baseline, generator_reward, length_score, policy_loss, truncated_ratio
     from rollout import Writer, notes, probe, sampled_stats
     from sampler import Sampler
     from served import Served
@@ -232,8 +230,7 @@ if __name__ == "__main__":
                 stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
                 sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
                 weights = truncated_ratio(stats.logp, drawn, args.tis) * advantage[rows].repeat_interleave(sizes)
-                penalty = kl_barrier(stats.kl, sizes.tolist(), args.kl_agg, args.kl_tau)  # (N,)
-                loss = policy_loss(stats.logp, penalty, weights, args.kl_coef, B * (R + C))  # ()
+                loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 if args.ce_coef:  # teacher forcing: the truth after the same thinking, with a weight that decays
                     true = writer.truth_logps(generator.model, [batch[i] for i in rows], [roll.think[i] for i in rows])

@@ -20,7 +20,7 @@ BAD = """
 --floor_sequences -1    --featurizer=           --seeds 1.5             --disc both             --d_think_tokens few
 --device cuda:x         --out_dir README.md     --save_every -1         --d_model ./no/folder   --d_kl_coef inf
 --resume no/such/run    --resume=               --merge never           --grad_ckpt 2           --optim sgd
---kl_agg sum            --kl_tau -1             --tis -1                --sampler gpu:8000
+--tis -1                --sampler gpu:8000
 --ce_coef inf
 --track mlflow          --prompt=               --deterministic yes     --seed 99999999999999999999
 --g-lr 1                -g_lr 3                 --stepz 3               --rnk 3
@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_that_names_its_flag(words, capsys):
     ("--d_think_tokens 4", "--disc reason"),
     # without effect
     ("--d_scale 2", "--no-adv_norm"), ("--d_kl_coef=0.1", "--disc reason"), ("--disc reason --d_pool mean", "--d_pool"),
-    ("--kl_coef 0 --kl_tau 0.1", "--kl_tau"), ("--kl_agg rms", "--kl_tau"), ("--d_lr 0 --d_warmup 3", "--d_warmup 3"),
+    ("--d_lr 0 --d_warmup 3", "--d_warmup 3"),
     ("--sampler http://a --temperature 3", "--temperature 3"), ("--sampler http://a --merge", "--merge"), ("--text_field body", "--data demo"),
     ("--text_field text --data README.md", "README.md")])
 def test_combinations_that_cannot_work_or_have_no_effect_are_one_line(words, named, capsys):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from discriminator import Judged
-from reward import REAL, Baseline, generator_reward, kl_barrier, length_score, policy_loss, truncated_ratio
+from reward import REAL, Baseline, generator_reward, length_score, policy_loss, truncated_ratio
 
 
 def test_length_score_is_n_over_the_budget_and_at_most_one():
@@ -78,20 +78,6 @@ def test_normalised_advantages_are_bounded_where_all_rewards_were_equal_before()
     assert not baseline.advantages(torch.full((4,), 0.5), all_count).any()
     advantages = baseline.advantages(torch.tensor([0.5, 0.5, 0.5, 0.75]), all_count)  # (4,)
     assert advantages[3].item() == pytest.approx((4 / 0.1) ** 0.5, rel=1e-3)  # sqrt(B / (1 - decay))
-
-
-@pytest.mark.parametrize("kl_agg, level", [("mean", 2), ("rms", (24 / 4 + 1e-8) ** 0.5)])
-def test_the_barrier_charges_what_exceeds_it_and_its_gradient_is_the_exact_one(kl_agg, level):
-    kl = torch.tensor([0.0, 4, 2, 2, 0.5], dtype=torch.double, requires_grad=True)  # sequences of 4, 0 and 1 tokens
-    assert kl_barrier(kl, [4, 0, 1], kl_agg, 1.0).tolist() == pytest.approx([level - 1] * 4 + [0])
-    assert torch.autograd.gradcheck(lambda x: kl_barrier(x, [4, 0, 1], kl_agg, 1.0).sum(), kl + torch.arange(5) / 1e3)
-    assert torch.equal(kl_barrier(kl, [4, 0, 1], "mean", 0.0), kl)
-
-
-def test_the_barrier_is_finite_at_zero_and_where_nothing_was_sampled():
-    kl = torch.zeros(3, requires_grad=True)
-    kl_barrier(kl, [3], "rms", 0.0).sum().backward()
-    assert kl.grad.isfinite().all() and kl_barrier(kl[:0], [0, 0], "rms", 0.1).shape == (0,)
 
 
 def test_importance_weights_are_ratios_cut_off_above_and_carry_no_gradient():

@@ -53,7 +53,7 @@ def test_the_metrics_mean_what_they_say(finished):
     "--disc reason --adapters shared --d_think_tokens 0 --g_reward prob --micro_batch 3 --d_shuffle",
     "--disc reason --d_model demo-small --d_kl_coef 0 --no-merge",
     "--prompt plain --reasoning_tokens 0 --optim adam8bit --grad_ckpt --model demo-small",
-    "--kl_agg rms --kl_tau 0.01 --tis 2 --ce_coef 0.1 --micro_batch 3"])
+    "--tis 2 --ce_coef 0.1 --micro_batch 3"])
 def test_every_way_to_train_trains(flags, train, tmp_path):
     ended = train(*flags.split(), "--floor_sequences", 0)
     assert ended.status == 0, ended.err
