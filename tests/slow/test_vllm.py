@@ -1,6 +1,6 @@
 """The game on a real vLLM server, in an environment of its own: FORGER_VLLM names its folder, which is made if need be.
 
-    FORGER_VLLM=/some/folder python -m pytest -m slow tests/slow/test_served.py    # 3.4 GB, ten minutes at first
+    FORGER_VLLM=/some/folder python -m pytest -m slow tests/slow/test_vllm.py    # 3.4 GB, ten minutes at first
 """
 import contextlib
 import os
