@@ -1,7 +1,7 @@
 """
-Several processes, one run: each holds the whole model and takes its part of every batch. With one, nothing is done.
+Several processes, one run: each holds the whole model and takes its part of every batch. Alone it takes all.
 
-    torchrun --nproc_per_node 4 train.py --batch_size 96 --micro_batch 24
+    torchrun --nproc_per_node 4 train.py --batch_size 96 --micro_batch 4
 
 What differs from textbook data parallelism:
 1. No DistributedDataParallel. Its hooks expect one forward and one backward of one module a step; here two players take
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from flags import RANK, UserError, first_line
 
 FIRST = RANK == 0  # the process that prints and writes
-PIECE = 2 ** 24    # gradients that are gathered at a time, 64 MiB from each process
+PIECE = 2 ** 24    # gradient elements gathered at once: 64 MiB from each process
 
 
 def size():
@@ -53,7 +53,7 @@ def mine(rows):
 
 
 def together(collective, *arguments, **options):
-    """A collective of torch.distributed; one line where another process has ended."""
+    """Call a collective; if another process has ended, end in one line."""
     try:
         return collective(*arguments, **options)
     except torch.OutOfMemoryError:
@@ -78,7 +78,7 @@ def agreed(value):
 
 
 def sum_gradients(params):
-    """Sum gradients over all processes, in the order in which one process would add its micro-batches.
+    """Sum gradients over all processes, in rank order: one process would add these micro-batches so, if each has one.
 
     A process without gradients adds zeros; if none has any, nothing is done. An all-reduce would send less, but in an
     order of its own, and Adam turns the rounding of a gradient that nearly cancels into a good part of a step.

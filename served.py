@@ -62,7 +62,7 @@ class Served:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, path, read=str, **body):
-        """What `read` makes of the server's answer, which is parsed where it is JSON. Without a body it is a GET."""
+        """read(answer), where the answer is parsed if it is JSON. Without a body a GET, else a POST."""
         request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body else None,
                                          {"Content-Type": "application/json"})
         try:
@@ -97,7 +97,7 @@ class Served:
             shutil.rmtree(self.folder / before)
 
     def release(self):
-        """Nothing is kept here that could fill the memory."""
+        """Nothing to free: the server holds the cache."""
 
     @explained()
     def write(self, prompts, settings, keys):

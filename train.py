@@ -9,7 +9,7 @@ One base model plays both players through rsLoRA adapters. Each step, on a batch
 
 What differs from textbook REINFORCE and textbook GANs:
 1. Thinking and completion are trained by the same reward.
-2. There is one update per batch, so no ratio and no clipping. `logp_gap` logs how far sampler and learner differ.
+2. There is one update per batch, so no PPO ratio and no clipping. `logp_gap` logs how far sampler and learner differ.
 3. The KL is summed over the vocabulary at every sampled position, and stands in the loss, not in the reward.
 4. The discriminator reads both texts tokenised alike and cut to the same number of tokens.
 
@@ -37,7 +37,7 @@ SMALL = DEMO | dict(
 PRESETS = dict(writeup={}, demo=DEMO, small=SMALL, best=DEMO | dict(optim="muon", g_lr=1e-2, d_lr=1.5e-2))
 REASON = dict(g_reward="azr")  # defaults of --disc reason
 DEMO_REASON = dict(batch_size=16, num_steps=100, d_lr=6e-3, d_think_tokens=6)
-MAY_CHANGE = "micro_batch grad_ckpt device sampler tis featurizer seeds save_every track".split()  # with --resume
+MAY_CHANGE = "micro_batch grad_ckpt device sampler tis featurizer seeds save_every track".split()  # on resuming
 
 
 def flags(words=None):
@@ -226,10 +226,12 @@ if __name__ == "__main__":
         if step >= 0:
             generator.activate()
             advantage, g_loss, parts = baseline.advantages(reward, judged.counts), 0.0, []  # (B,)
+            # mine: this process's share of the rows; everyone: the shares of all. One process has them all
             for rows in micro_batches(mine(range(B)), args.micro_batch):
                 stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
                 sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
-                weights = truncated_ratio(stats.logp, drawn, args.tis) * advantage[rows].repeat_interleave(sizes)
+                weights = truncated_ratio(stats.logp, drawn, args.tis)  # (N,) 1 unless --tis is given
+                weights = weights * advantage[rows].repeat_interleave(sizes)  # (N,)
                 loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 if args.ce_coef:  # teacher forcing: the truth after the same thinking, with a weight that decays
