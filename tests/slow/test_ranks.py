@@ -44,7 +44,7 @@ def assert_same(one, other):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("flags", ["", "--adapters shared", "--disc reason", "--d_model demo-small"])
+@pytest.mark.parametrize("flags", ["", "--adapters shared", "--disc reason --d_model demo-small"])
 @pytest.mark.parametrize("number", [2, 3])
 def test_several_processes_write_what_one_writes(number, flags, tmp_path):
     """Bit for bit, where a process's part is one micro-batch of the one process."""
