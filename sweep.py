@@ -36,7 +36,7 @@ from flags import Parser, Run, UserError, check, escaped, write_whole
 from train import flags
 
 TRAIN = [sys.executable, "-u", str(pathlib.Path(__file__).with_name("train.py"))]
-NO_EFFECT = "seed seeds micro_batch save_every floor_sequences d_loss_scale".split()  # on what is learned
+NO_EFFECT = "seed seeds micro_batch save_every floor_sequences".split()  # on what is learned
 MEASURED = "mauve", "mauve_sd", "floor"
 Effects = collections.namedtuple("Effects", "corners centre half se sd df curvature_se")
 

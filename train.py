@@ -214,7 +214,8 @@ if __name__ == "__main__":
         roll, t1 = samples.roll, time.perf_counter()
 
         # reward: how real the discriminator finds each completion, times its length score. An empty completion is not
-        # judged and earns 0; one whose verdict cannot be parsed is left out of the generator's step
+        # judged and earns 0; one whose verdict cannot be parsed is left out of the generator's step. So judged has
+        # three sets of rows: shown (not empty), counts (in the generator's step), read (p_real is known)
         discriminator.activate()
         judged = judge.score(batch, samples.texts, first)
         lengths = torch.tensor([length_score(n, C) for n in samples.sizes], device=device)  # (B,)
@@ -228,17 +229,17 @@ if __name__ == "__main__":
             advantage, g_loss, parts = baseline.advantages(reward, judged.counts), 0.0, []  # (B,)
             # mine: this process's share of the rows; everyone: the shares of all. One process has them all
             for rows in micro_batches(mine(range(B)), args.micro_batch):
-                stats = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
+                part = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
                 sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
-                weights = truncated_ratio(stats.logp, drawn, args.tis)  # (N,) 1 unless --tis is given
+                weights = truncated_ratio(part.logp, drawn, args.tis)  # (N,) 1 unless --tis is given
                 weights = weights * advantage[rows].repeat_interleave(sizes)  # (N,)
-                loss = policy_loss(stats.logp, stats.kl, weights, args.kl_coef, B * (R + C))  # ()
+                loss = policy_loss(part.logp, part.kl, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 if args.ce_coef:  # teacher forcing: the truth after the same thinking, with a weight that decays
                     true = writer.truth_logps(generator.model, [batch[i] for i in rows], [roll.think[i] for i in rows])
                     generator.backward(-args.ce_coef * lr_factor * torch.cat(true).sum() / (B * C))
                 g_loss += loss.item()
-                parts.append([x.detach() for x in stats])
+                parts.append([x.detach() for x in part])
             stats = TokenStats(*map(everyone, map(torch.cat, zip(*parts))))  # (N,) each
             row |= dict(baseline=baseline.used, advantage_sd=advantage[judged.counts].std(correction=0).item(),
                         g_loss=sum(everyone([g_loss])), g_grad_norm=generator.step(lr_factor),
@@ -274,7 +275,7 @@ if __name__ == "__main__":
         left = (t2 - started) / (step - first_step + 1) * (args.num_steps - step - 1)
         print(progress(row, args, left), flush=True)
 
-        # save
+        # save; after a skipped update the last good checkpoint stays until the run stops or ends
         due = args.save_every and (step + 1) % args.save_every == 0 and not skipped
         stop = signals.stop()
         if stop or step + 1 == args.num_steps or due:
