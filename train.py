@@ -90,7 +90,7 @@ def flags(words=None):
     add("--grad_ckpt", action=Switch, default=False, help="gradient checkpointing: less memory, slower")
     add("--num_steps", type=int, default=1600, help="generator steps")
     add("--optim", choices=["adam", "adam8bit", "muon"], default="adam",
-        help="adam8bit keeps 8-bit moments (bitsandbytes); muon wants five times the learning rates")
+        help="adam8bit keeps 8-bit moments (bitsandbytes); muon wants higher rates, five times on the demo")
     add("--beta1", type=float, default=0.95, help="Adam's beta1")
     add("--beta2", type=float, default=0.95, help="Adam's beta2")
     add("--grad_clip", type=float, default=1.0, help="maximum gradient norm")
