@@ -64,8 +64,8 @@ def checked_device(name, deterministic=False):
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts
         torch.use_deterministic_algorithms(True)
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda:0" if name == "cuda" else name)  # torch sets a device by its number only
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there is no such GPU here; --device cpu needs none, nor does --preset demo")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a CUDA graph is captured on the current device
