@@ -40,7 +40,7 @@ class AdapterBeside(torch.nn.Module):
 
     def forward(self, x):
         low = torch.nn.functional.linear(x.float(), self.down)  # (..., r)
-        return (self.base(x) + torch.nn.functional.linear(low, self.up)).to(x.dtype)  # (..., out)
+        return self.base(x).add_(torch.nn.functional.linear(low, self.up))  # (..., out) in x's dtype
 
     def sync(self, layer, name):
         self.up.zero_()
