@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -24,11 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flags import Run, UserError, digest, first_line, read_json, resume_command, write_whole
-from model import DAMAGE, MAX_BAD_STEPS, adapter_parameters, digests, load_adapter, load_players, located, pinned
+from flags import UserError, digest, first_line, read_json, resume_command, write_whole
+from model import DAMAGE, digests, load_adapter, load_players, located, pinned
 from ranks import FIRST, agreed, everyone, size
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(out_dir, step, players, judge, baseline, stream, files):
@@ -57,7 +56,7 @@ def save(out_dir, step, players, judge, baseline, stream, files):
         torch.save({"format": FORMAT, "step": step, "lengths": lengths, "baseline": baseline.state_dict(),
                     "stream": stream.state_dict(), "players": [player.state_dict() for player in players]},
                    new / "state.pt")
-        write_whole(new / "digests.json", json.dumps(weight_files(new)))
+        write_whole(new / "digests.json", json.dumps(file_digests(new)))
         for path in [*new.rglob("*"), new]:
             fsync(path)
         if os.path.lexists(ckpt):
@@ -125,20 +124,22 @@ def fsync(path):
         os.close(number)
 
 
-def weight_files(folder):
-    """The files with weights below a checkpoint's folder, and their digests."""
-    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-            for path in sorted(folder.rglob("*.safetensors"))}
+def file_digests(folder):
+    """Digests of a checkpoint's files, by their paths in its folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "digests.json":
+            with open(path, "rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return found
 
 
 def load_weights(folder, players, judge=None):
-    """Read the adapters of players, and a judge's head, from a checkpoint's folder."""
-    if read_json(folder / "digests.json") != weight_files(folder):
-        raise ValueError("its files with weights are not those that were saved")
+    """Read the adapters of players, and a judge's head, from a checkpoint's folder, if its files are as saved."""
+    if read_json(folder / "digests.json") != file_digests(folder):
+        raise ValueError("its files are not those that were saved")
     for player in players:
         load_adapter(player.model, folder / player.adapter, player.adapter)
-        if not all(p.isfinite().all() for p in adapter_parameters(player.model, player.adapter)):
-            raise ValueError(f"a weight of the {player.adapter} is not finite")
     if judge:
         judge.load_state_dict(load_file(folder / "head.safetensors"))
 
@@ -148,72 +149,30 @@ def restore(out_dir, players, judge, baseline, stream):
 
     A checkpoint that is missing, damaged, or from another model or version is a one-line error, and cuts nothing.
     """
-    out_dir, ckpt, args = pathlib.Path(out_dir), latest(out_dir), Run(out_dir).args
+    out_dir, ckpt = pathlib.Path(out_dir), latest(out_dir)
     if ckpt is None:
         raise UserError(f"--resume {out_dir}: there is no checkpoint in it; start a new run with another --out_dir")
     try:
         saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"its format is {saved['format']}, this version reads {FORMAT}")
-        step, lengths = saved["step"], saved["lengths"]
-        check_lengths(out_dir, lengths)
-        with open(out_dir / "metrics.jsonl", "rb") as file:  # it has a line for each step from 0 on
-            num_lines = file.read(lengths["metrics.jsonl"]).count(b"\n")
-        if type(step) is not int or max(step, 0) != num_lines or step < -args.d_warmup:
-            raise ValueError(f"its step is {step!r}, and metrics.jsonl has {num_lines} lines at that moment")
-        for player, state in zip(players, saved["players"], strict=True):
-            load_player(player, state)
         load_weights(ckpt, players, judge)
-        mean, variance = (saved["baseline"].get(key) for key in ("mean", "variance"))  # None until the first reward
-        if (mean, variance) != (None, None) and not (abs(mean) < math.inf and 0 <= variance < math.inf):
-            raise ValueError(f"its baseline is {saved['baseline']}")
+        for name, length in saved["lengths"].items():
+            if (out_dir / name).stat().st_size < length:
+                raise ValueError(f"{name} is shorter than it was then")
+        for player, state in zip(players, saved["players"], strict=True):
+            player.load_state_dict(state)
         baseline.load_state_dict(saved["baseline"])
         stream.load_state_dict(saved["stream"])
-        if not all_finite(players, judge):
-            raise ValueError("a number in it is not finite")
     except Exception as error:  # whatever the readers of a damaged file come across
         if out_of_memory(error):
             raise
         raise UserError(f"--resume {out_dir}: {ckpt.name} cannot be used ({first_line(error)}): it is cut short, or "
                         "from another model or version") from None
     everyone([])  # all have read it
-    for name, length in lengths.items() if FIRST else ():
+    for name, length in saved["lengths"].items() if FIRST else ():
         os.truncate(out_dir / name, length)
-    return step
-
-
-def check_lengths(out_dir, lengths):
-    """Refuse lengths that are not those of the run's own files, at the end of a line: files are cut to them."""
-    own = [f"{name}.jsonl" for name in ("metrics", "rollouts", "verdicts") if (out_dir / f"{name}.jsonl").exists()]
-    if sorted(lengths) != own:
-        raise ValueError(f"it has the lengths of {', '.join(map(str, lengths))}, and the files are {', '.join(own)}")
-    for name, length in lengths.items():
-        if type(length) is not int or length < 0 or (out_dir / name).is_symlink():
-            raise ValueError(f"{name} is a link, or {length!r} is not a length")
-        with open(out_dir / name, "rb") as file:
-            file.seek(max(length - 1, 0))
-            if length and file.read(1) != b"\n":
-                raise ValueError(f"{name} has no line that ends at byte {length}")
-
-
-def load_player(player, state):
-    """Load a player's optimiser and scaler, which must fit its parameters: torch takes moments of any shape."""
-    def shapes():
-        return {p: {key: getattr(x, "shape", None) for key, x in moments.items()}
-                for p, moments in player.optimizer.state.items()}
-
-    for p in player.params:
-        p.grad = torch.zeros_like(p)
-    player.optimizer.step()  # makes the moments that these parameters have; the weights are loaded later
-    player.optimizer.zero_grad()
-    fresh, groups = shapes(), player.optimizer.state_dict()["param_groups"]
-    player.load_state_dict(state | {"optimizer": state["optimizer"] | {"param_groups": groups}})  # the flags' betas
-    fits = all(fresh[p] == found for p, found in shapes().items())
-    counts = [moments.get("step", 0) for moments in player.optimizer.state.values()]
-    if not fits or min(counts, default=0) < 0 or not 0 <= player.bad_steps < MAX_BAD_STEPS:
-        raise ValueError("an optimiser in it is not that of this model's adapters")
-    if not 0 < player.scaler.get_scale() < math.inf:
-        raise ValueError(f"its loss scale is {player.scaler.get_scale()}")
+    return saved["step"]
 
 
 def load_run(run, device):

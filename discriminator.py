@@ -50,7 +50,7 @@ Think in a few words, then answer: real or generated.
 
 class Judged(NamedTuple):
     """Judgements of a batch. An empty completion is not shown: it deceives nobody and earns nothing."""
-    shown: list            # n row numbers, the prefixes whose two texts were read
+    shown: list            # n row numbers, those whose completion is not empty
     read: torch.Tensor     # (B,) bool: was judged, and its verdict parsed
     counts: torch.Tensor   # (B,) bool: used in the generator's step; all but unparsed verdicts
     p_real: torch.Tensor   # (B,) probability that the completion is real; 1 or 0 by a verdict in words
@@ -61,7 +61,7 @@ class Judged(NamedTuple):
 
 
 def make_judge(args, player, sampler):
-    """The discriminator that the flags ask for. sampler: the generator's, which Reason shares if the model is one."""
+    """The discriminator that the flags ask for. sampler: the generator's; Reason shares it if both play one model."""
     if args.disc == "head":
         return Head(args, player)
     if sampler.source is not player.model:
@@ -72,12 +72,12 @@ def make_judge(args, player, sampler):
 def training_labels(args, shown, B, device, first):
     """Labels (B, 2) to learn for real and generated text; --d_shuffle swaps those of a random half of the pairs.
 
-    It must be half of each batch: a few more right labels than wrong ones teach what is real, where that is obvious.
+    Exactly half: a few more right labels than wrong ones probably teach what is real (docs/results.md).
     """
     labels, rng = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1), rng_for(args.seed, "shuffle", first)
     if args.d_shuffle:
         order = torch.randperm(len(shown), generator=rng)  # (n,)
-        half = (len(shown) + torch.randint(2, (), generator=rng)) // 2  # of an odd number by a coin
+        half = (len(shown) + torch.randint(2, (), generator=rng)) // 2  # a coin rounds
         swapped = [shown[k] for k in order[:half]]
         labels[swapped] = labels[swapped].flip(1)  # (n / 2, 2)
     return labels
@@ -121,8 +121,8 @@ def discriminator_loss(logits, labels, kind):
 class Head(nn.Module):
     """A LayerNorm and a linear layer on the last hidden states, trained by cross-entropy.
 
-    --d_pool last reads the state of the last completion token, mean the mean over the completion's. The linear layer
-    starts at zero, so that p_real starts at exactly one half.
+    --d_pool: the last completion token's state, or the mean of the states of all its tokens. The linear layer starts
+    at zero, so that p_real starts at exactly one half.
     """
 
     def __init__(self, args, player):
@@ -155,7 +155,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def score(self, windows, texts, first):
-        """Judge the completions (B texts) of the B windows from position `first` on, as the discriminator stands."""
+        """Judge the completions (B texts) of the B windows from position `first` on, by the current weights."""
         pairs = [pair_ids(self.encode, self.bos, w.prefix, w.sep, w.truth, text) for w, text in zip(windows, texts)]
         shown = [i for i, pair in enumerate(pairs) if pair]
         read = torch.tensor([bool(pair) for pair in pairs], device=self.device)  # (B,)
@@ -167,7 +167,7 @@ class Head(nn.Module):
         return Judged(shown, read, torch.ones_like(read), logps[:, REAL].exp(), logps[:, 1 - REAL], None, labels, pairs)
 
     def loss(self, judged, rows):
-        """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
+        """These rows' part of the batch's loss; and how many of their real and generated texts it got right."""
         logits = self.logits([judged.detail[i][side] for side in (0, 1) for i in rows])  # (2b, 2)
         loss = discriminator_loss(logits, judged.labels[rows].mT.flatten(), self.args.d_loss)  # ()
         guessed_real = (logits.argmax(-1) == REAL).view(2, -1)  # (2, b)
@@ -183,7 +183,7 @@ class Head(nn.Module):
 # the discriminator that reasons
 
 def parse_verdict(reply):
-    """REAL, 1 - REAL or UNPARSED. A verdict is one of the two words alone, in lower case, white space around it aside.
+    """REAL, 1 - REAL or UNPARSED. A verdict is one of the two words in lower case, and nothing else but white space.
 
     A stop id need not follow: the budget has room for one more token than the longer word takes.
     """
@@ -217,7 +217,7 @@ class Verdicts(NamedTuple):
     """Verdicts on 2n texts."""
     roll: Rollout
     ends: torch.Tensor       # (2n,) where each prompt's last token stands
-    verdict: torch.Tensor       # (2n,) REAL, 1 - REAL or UNPARSED
+    verdict: torch.Tensor    # (2n,) REAL, 1 - REAL or UNPARSED
     value: torch.Tensor      # (2n,) d_value
     immediate: torch.Tensor  # (2n,) chance of `real`, out of the two words, right after an empty thinking
 
@@ -273,7 +273,7 @@ class Reason(nn.Module):
 
     @torch.no_grad()
     def score(self, windows, texts, first):
-        """Judge the completions (B texts) of the B windows from position `first` on, as the discriminator stands."""
+        """Judge the completions (B texts) of the B windows from position `first` on, by the current weights."""
         pairs = [cut_alike(self.encode, w.sep, w.truth, text, self.args.completion_tokens)
                  for w, text in zip(windows, texts)]  # (real, generated)
         shown = [i for i, pair in enumerate(pairs) if pair]
@@ -285,14 +285,14 @@ class Reason(nn.Module):
         if shown:
             keys = [(self.args.seed, "verdict", first + i, side) for side in (0, 1) for i in shown]
             verdicts = self.verdicts(prompts, keys)
-            verdict = verdicts.verdict[len(shown):]  # (n,) of the completions
+            verdict = verdicts.verdict[len(shown):]  # (n,) on the completions
             p_real[shown], d_value[shown] = (verdict == REAL).float(), verdicts.value[len(shown):]  # (n,) each
             read[shown], unread[shown] = verdict != UNPARSED, verdict == UNPARSED  # (n,) each
         labels = training_labels(self.args, shown, B, self.device, first)  # (B, 2)
         return Judged(shown, read, ~unread, p_real, None, d_value, labels, verdicts)
 
     def loss(self, judged, rows):
-        """Loss of some rows, as their part of the batch's; and how many of their real and generated texts are right."""
+        """These rows' part of the batch's loss; and how many of their real and generated texts it got right."""
         verdicts, n, place = judged.detail, len(judged.shown), judged.shown.index(rows[0])
         texts = [first + i for first in (place, n + place) for i in range(len(rows))]
         reward = (verdicts.verdict[texts] == judged.labels[rows].mT.flatten()).float()  # (2b,)

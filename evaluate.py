@@ -105,9 +105,7 @@ def evaluate(folder, featurizer_name, seeds, model, tokenizer, device, curve=Non
         if name in texts:
             texts[name] |= two_samples(*map(featurize, compared[pair]))
     if fresh and all(row.get(key) is not None for row in fresh for key in NATS):
-        result["fresh_nats"] = found = nats(fresh)
-        for name, key in (("floor", "nats_base"), ("result", "nats")):
-            texts.get(name, {}).update(truth_nats=found[key], truth_nats_thinking=found[f"{key}_thinking"])
+        result["fresh_nats"] = nats(fresh)
     report = result | dict(ceiling_num_sequences=len(compared["ceiling"][1]), scores=scores, texts=texts,
                            curve=over_the_run(run.rollouts, curve, seeds, featurize))
     if curve:

@@ -202,8 +202,7 @@ def digest(flags):
 class Run:
     """A run's folder: its flags at once, its other files when they are asked for.
 
-    parser: that of the script that continues the run. Without it the defaults are train.py's, and a flag may have a
-    choice that train.py lacks, since a copy of train.py may have added it.
+    parser: that of the script that continues the run (default: train.py's).
     """
 
     def __init__(self, folder, parser=None):
@@ -215,9 +214,6 @@ class Run:
             raise UserError(f"{folder} is not the folder of a run: there is no args.json with its flags in it")
         if "prompt" not in found:
             raise UserError(f"{folder} is a run of an earlier version, which this one cannot read")
-        for action in known._actions:
-            if action.dest in found and not is_allowed(action, found[action.dest], every_choice=parser):
-                raise UserError(f"{folder}/args.json is damaged: {action.dest} is {found[action.dest]!r}; restore it")
         check_numbers(found, POSITIVE, f"{folder}/args.json: ")
         if self.info.get("digest", digest(found)) != digest(found):
             raise UserError(f"{folder}/args.json was edited; a run keeps the flags that it began with; restore it")
@@ -237,17 +233,6 @@ class Run:
         """" after k of n steps" where an unfinished run was measured, else ""."""
         k, n = self.result.get("num_steps"), self.args.num_steps
         return "" if k in (None, n) else f" after {k} of {n} steps"
-
-
-def is_allowed(action, value, every_choice):
-    """Whether a flag, given as its argparse action, can have a value that was found in args.json."""
-    kind = {int: "count", float: "number"}.get(action.type, "text")
-    kind = "bool" if isinstance(action, argparse.BooleanOptionalAction) else kind
-    if value is None:  # train.py replaces None in four flags
-        return action.default is None and action.dest not in ("prefix_tokens", "reasoning_tokens", "merge", "tis")
-    if action.choices and (every_choice or action.dest in ("quant", "dtype", "adapters")):
-        return value in action.choices
-    return KINDS[kind](value) and (action.dest != "prompt" or value.count("{text}") == 1)
 
 
 def export_command(run):

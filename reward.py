@@ -22,8 +22,8 @@ def generator_reward(judged, length_scores, kind, d_scale):
     prob:   d_scale * p_real * length_score
     neglog: d_scale * -log(1 - p_real) * length_score, which does not saturate where the discriminator is sure
     azr:    d_scale * (1 - d_value if d_value > 1/8 else 0) * length_score (after arXiv 2505.03335, where a proposer
-            earns 1 - the solver's pass rate, and 0 for what nobody solves)
-    None is ever negative: a negative reward times a length score would pay for writing nothing.
+            earns the solver's failure rate, and 0 for what nobody solves)
+    No reward is negative: a negative one, times a length score, would pay for writing nothing.
     """
     if kind == "prob":
         score = judged.p_real  # (B,)
@@ -37,9 +37,9 @@ def generator_reward(judged, length_scores, kind, d_scale):
 
 
 class Baseline:
-    """Moving averages of the batch's mean reward and of its squared distance from that average.
+    """Moving averages of the mean reward and of the mean squared distance of rewards from it.
 
-    The average that a batch is compared with is from before the batch, except that the first batch starts it. The
+    A batch is compared with the average from before it, the first batch with its own mean. The
     variance includes the batch, so that an advantage stays below sqrt(B / (1 - decay)) even if all rewards were equal
     until now.
     """
@@ -54,7 +54,7 @@ class Baseline:
         new = reward[counts].mean().item()
         self.used = new if self.mean is None else self.mean
         variance = (reward - self.used)[counts].square().mean().item()
-        if math.isfinite(new) and math.isfinite(variance):  # neither is where nothing counts
+        if math.isfinite(new) and math.isfinite(variance):  # both are nan if no row counts
             self.mean, self.variance = self.average(self.mean, new), self.average(self.variance, variance)
         advantage = reward - self.used  # (B,)
         if self.normalize and self.variance is not None:
@@ -72,8 +72,9 @@ class Baseline:
 
 
 def truncated_ratio(logp, sampler_logp, most):
-    """Importance weights (N,) of tokens that another distribution drew, min(p / p_sampler, most), without gradient
-    (truncated importance sampling): they differ by the sampler's rounding. most 0: all weights are 1.
+    """Truncated importance weights (N,) of sampled tokens, min(p / p_sampler, most), without gradient.
+
+    They correct for a sampler that rounds in another way than the learner. most 0: all weights are 1.
     """
     return (logp - sampler_logp).detach().exp().clamp(max=most) if most else torch.ones_like(logp)  # (N,)
 
@@ -82,6 +83,6 @@ def policy_loss(logp, kl, advantage, kl_coef, num_positions):
     """REINFORCE with an exact KL penalty: sum of -advantage * logp + kl_coef * kl, over a constant.
 
     logp, kl, advantage: (N,), one entry for each sampled position. num_positions: batch_size * (reasoning_tokens +
-    completion_tokens); a constant, so that long and short completions weigh alike (Dr. GRPO, arXiv 2503.20783).
+    completion_tokens); a constant, so that a token weighs alike in any completion (Dr. GRPO, arXiv 2503.20783).
     """
     return (-advantage * logp + kl_coef * kl).sum() / num_positions  # ()

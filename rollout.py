@@ -64,7 +64,7 @@ def rules(tokenizer, model):
 class Rollout(NamedTuple):
     """What was sampled, right-padded. Position t of `logps` is about ids[:, t] given what stands before it."""
     ids: torch.Tensor           # (B, T) prompt and reply
-    sampled: torch.Tensor       # (B, T) drawn from the model: trained. Prompt, forced and padded positions are not
+    sampled: torch.Tensor       # (B, T) drawn and kept: trained. Prompt, forced, cut and padded positions are not
     thinking: torch.Tensor      # (B, T) belongs to the thinking, its </think> included
     logps: torch.Tensor         # (B, T) the sampler's log-probs, 0 where not sampled
     think_closed: torch.Tensor  # (B,) the model closed its thinking by itself
@@ -102,7 +102,7 @@ class Reply:
         self.t, self.token = zeros(1), zeros(rows)  # (1,), (B,) the step, and the last tokens
         self.thinking, self.done, self.broken, self.think_closed = (
             zeros(rows, dtype=torch.bool) for _ in range(4))  # (B,) each
-        self.queue = zeros(rows)  # (B,) index in `close` of the next token to force; L: none
+        self.next_forced = zeros(rows)  # (B,) index in `close` of the next token to force; L: none
         self.num_think, self.num_completion = zeros(rows), zeros(rows)  # (B,) each
         self.uniform = zeros(self.budget, rows, dtype=torch.double)     # (budget, B) random numbers to draw with
         dtypes = dict(ids=torch.long, alive=torch.bool, sampled=torch.bool, thinking=torch.bool, logps=torch.float)
@@ -118,24 +118,24 @@ class Reply:
         if self.forced_prefix:
             self.out["ids"][:, :len(self.forced_prefix)] = self.rules.close
         self.thinking.fill_(self.R > 0)
-        self.queue.fill_(len(self.rules.close))
+        self.next_forced.fill_(len(self.rules.close))
 
     def advance(self, hidden):
         """Write one token a row, from the hidden states (B, H) of the last ones."""
         rules, L = self.rules, len(self.rules.close)
         over = self.thinking & (self.num_think >= self.R)         # (B,) the budget is spent: force the whole closing
-        queue = torch.where(over, 0, self.queue)                  # (B,)
+        next_forced = torch.where(over, 0, self.next_forced)      # (B,)
         thinking = self.thinking & ~over                          # (B,)
-        forced = queue < L                                        # (B,)
+        forced = next_forced < L                                  # (B,)
         blocked = rules.blocked[torch.where(thinking, THINKING, COMPLETION)]  # (B, V)
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias).float()  # (B, V)
         if self.divisor != 1.0:
             logits /= self.divisor
         logits = torch.where(blocked, FORBIDDEN, logits)  # (B, V)
         drawn, logp = draw(logits, None if self.greedy else self.uniform.index_select(0, self.t)[0])  # (B,)
-        self.broken |= ~logp.isfinite() & ~self.done              # (B,) as after an overflow in fp16: the row ends
+        self.broken |= ~logp.isfinite() & ~self.done              # (B,) not finite, by overflow in fp16: the row ends
         self.done |= self.broken
-        token = torch.where(forced, self.close[queue.clamp(max=max(L - 1, 0))], drawn)  # (B,)
+        token = torch.where(forced, self.close[next_forced.clamp(max=max(L - 1, 0))], drawn)  # (B,)
         token = torch.where(self.done, rules.pad, token)          # (B,)
         sampled = ~forced & ~self.done                            # (B,)
         columns = dict(ids=token, alive=~self.done, sampled=sampled, thinking=thinking & sampled,
@@ -147,7 +147,7 @@ class Reply:
         stopped = ~thinking & sampled & (token[:, None] == rules.stop).any(1)  # (B,)
         self.num_think += thinking
         self.num_completion += sampled & ~thinking
-        self.queue.copy_(torch.where(closed, 1, queue + (forced & ~self.done).long()))
+        self.next_forced.copy_(torch.where(closed, 1, next_forced + (forced & ~self.done).long()))
         self.think_closed |= closed
         self.thinking.copy_(thinking & ~closed)
         self.done |= stopped | (self.num_completion >= self.C)
@@ -164,7 +164,7 @@ class Reply:
 
 @torch.no_grad()
 def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temperature, keys):
-    """Sample a reply to each of B prompts (lists of ids). Of several processes, each samples a part of them.
+    """Sample a reply to each of B prompts (lists of ids). Each of several processes samples a part.
 
     At most `reasoning_tokens` of thinking, then `rules.close` is forced, then at most `completion_tokens` up to a stop
     id. temperature 0 is greedy. keys: one a row; the random numbers of a row are a function of its key alone.
@@ -172,7 +172,7 @@ def rollout(sampler, prompts, rules, reasoning_tokens, completion_tokens, temper
     assert completion_tokens > 0, "there is nothing to write"
     settings = rules, reasoning_tokens, completion_tokens, temperature
     part = mine(prompts), settings, mine(keys)
-    written = sampler.write(*part) if hasattr(sampler, "write") else decode(sampler, *part)  # a server writes itself
+    written = sampler.write(*part) if hasattr(sampler, "write") else decode(sampler, *part)  # a server has its own loop
     return gather(prompts, everyone(written), rules)
 
 
@@ -228,16 +228,17 @@ class Writer:
         return prompt_ids(self.tokenizer, self.encode, self.args.prompt, prefix)
 
     def truth_ids(self, window, think):
-        """Two lists of ids: prompt, thinking (ids) and its closing; and the truth, cut to the completion's budget. With
-        --prompt plain the white space at the cut belongs to the truth.
+        """Two lists of ids: prompt, thinking (ids) and closing; and the truth, cut to the completion's budget.
+
+        With --prompt plain the truth begins with the white space at the cut.
         """
         before = self.prompt_ids(window.prefix) + think + self.rules.close.tolist()
         goes_on = self.args.prompt.endswith("{text}") and not len(self.rules.close)
         return before, self.encode(window.sep * goes_on + window.truth)[0][:self.args.completion_tokens]
 
     def truth_logps(self, model, windows, thoughts):
-        """Log-probs (n,) of each window's truth, as the completion after a thought (B lists of ids), under the active
-        adapter: B tensors, at the run's temperature and without the forbidden ids.
+        """B tensors: log-probs (n,) of a window's truth where it follows a thought (B lists of ids), under the active
+        adapter, at the run's temperature and without the forbidden ids.
         """
         rows = [self.truth_ids(*pair) for pair in zip(windows, thoughts)]
         ids = pad([before + truth for before, truth in rows], self.rules.pad, model.device)  # (B, T)
@@ -264,7 +265,7 @@ class Writer:
             whole = strip_echo(self.decode(reply), window.prefix, args.echo_tokens)
             text, n = clip(self.encode, window.prefix + window.sep, whole, args.completion_tokens)
             texts.append(text)
-            sizes.append(min(n, len(reply)))  # a special token is five when read as plain text: count it once
+            sizes.append(min(n, len(reply)))  # a special token's text is several plain tokens: count it once
             if len(text) < len(whole):  # what is cut off is never judged, so it is not trained
                 end, kept = len(self.decode(reply)) - len(whole) + len(text), len(reply)  # characters, ids to keep
                 while kept and len(self.decode(reply[:kept - 1])) >= end:
@@ -274,7 +275,7 @@ class Writer:
         return Samples(roll, texts, sizes, num_sampled)
 
     def floor(self, stream, place, signals, out_dir):
-        """Records of what the untrained base (adapter None) writes for the windows in a range; a signal ends the run."""
+        """Records of what the base (adapter None) writes for the windows in a range; a signal ends the run."""
         size, rows = max(self.args.batch_size, 32), []
         for first in tqdm(place[::size], desc="floor", disable=not FIRST):
             part = range(first, min(first + size, place.stop))
@@ -315,14 +316,14 @@ def rng_for(*key):
 def draw(logits, uniform):
     """One id a row from logits (B, V), and its log-prob in nats: (B,) each.
 
-    Drawn is the first id with which the probabilities sum to more than `uniform` (B,), from 0 to below 1: with numbers
-    that were drawn before, nothing in a step is random, and nothing synchronises. None is greedy.
+    It is the first id whose cumulative probability exceeds `uniform` (B,), a number from 0 to below 1 (None: greedy).
+    These numbers are made before a rollout, so that a step is not random and never synchronises.
     """
     p = logits.softmax(-1)                                      # (B, V)
     if uniform is None:
         drawn = logits.argmax(-1, keepdim=True)                 # (B, 1)
     else:
-        where = "cpu" if torch.are_deterministic_algorithms_enabled() else p.device  # CUDA's varies
+        where = "cpu" if torch.are_deterministic_algorithms_enabled() else p.device  # CUDA's sum varies
         mass = p.double().to(where).cumsum(-1).to(p.device)     # (B, V) in fp32 a tail of small ones would be lost
         drawn = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
         drawn = drawn.clamp_(max=logits.shape[1] - 1)           # (B, 1) in case rounding makes the product the total
@@ -340,16 +341,17 @@ def gather(prompts, written, rules):
     sampled, thinking = (padded(key, heads, False, torch.bool) for key in ("sampled", "thinking"))  # (B, T) each
     logps = padded("logps", heads, 0.0, torch.float)  # (B, T)
     think = [[i for i, yes in zip(row.ids, row.thinking) if yes and i != rules.think_end] for row in written]
-    reply = [[i for i, yes, no in zip(row.ids, row.sampled, row.thinking) if yes and not no and i not in stop]
-             for row in written]
+    reply = [[i for i, drawn, thought in zip(row.ids, row.sampled, row.thinking)
+              if drawn and not thought and i not in stop] for row in written]
     closed, broken = (torch.tensor([getattr(row, key) for row in written], device=device)
                       for key in ("closed", "broken"))  # (B,) each
     return Rollout(ids, sampled, thinking, logps, closed, broken, think, reply, len(os.path.commonprefix(prompts)))
 
 
 def strip_echo(reply, prefix, max_words):
-    """Cut the echo off a reply: the last 2 to `max_words` of the prefix's `words` at its beginning, an ellipsis before
-    them or not. Leading white space goes in any case. max_words below 2: no echo is looked for.
+    """Cut off an echo: the last 2 to `max_words` words of the prefix at the reply's beginning, after an ellipsis or not.
+
+    Leading white space always goes. max_words below 2: no echo is looked for.
     """
     reply = reply.lstrip()
     start = 3 if reply.startswith("...") else 1 if reply.startswith("\u2026") else 0
@@ -377,8 +379,8 @@ def notes(args, tokenizer, usual):
 def probe(writer, player, windows, judge=None):
     """Refuse a model that the run would score wrongly: sample, score, train and judge three sequences as the run will.
 
-    Their lengths differ, the longest is as long as any in the run, and the adapter is perturbed. All is restored.
-    Without gradients, sampling alone is checked.
+    Their lengths differ, up to the longest in the run. The adapter is perturbed, and restored at the end.
+    Without gradients, training is not checked.
     """
     args, most = writer.args, writer.max_tokens - len(writer.rules.close) - 6  # two of thinking, four of completion
     prompts = [writer.prompt_ids(w.prefix)[:most] for w in windows]
@@ -424,8 +426,8 @@ def probe(writer, player, windows, judge=None):
 
 
 def log_prob_gaps(sampler, player, rules, prompts, args):
-    """Distance in nats of the log-probs of sampler, learner and reference from those of the model's own forward pass on
-    each sequence alone, without padding or cache: for each of the three the mean over a row's tokens, of the worst row.
+    """How far, in nats, sampler, learner and reference are from the model's own pass over each sequence alone, without
+    padding or cache: for each of the three, the mean absolute gap in log-prob over a row's tokens, in the worst row.
     With gradients on, the learner's are backpropagated, for `untrained` to see.
     """
     sampler.sync(player.adapter)
@@ -453,6 +455,6 @@ def log_prob_gaps(sampler, player, rules, prompts, args):
                 blocked = rules.blocked[torch.where(thinking[at], THINKING, COMPLETION)]  # (n, V)
                 logits = (logits[:, :blocked.shape[1]] / (args.temperature or 1.0)).masked_fill(blocked, FORBIDDEN)
                 wanted = logits.log_softmax(-1).gather(1, ids[at, None])[:, 0]  # (n,)
-                gap = (row[at] - wanted).abs().mean().item()
-                gaps[name] = gap if math.isnan(gap) else max(gap, gaps.get(name, 0.0))
+                gap, worst = (row[at] - wanted).abs().mean().item(), gaps.get(name, 0.0)
+                gaps[name] = gap if gap > worst or math.isnan(gap) else worst  # nan stays
     return gaps

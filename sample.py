@@ -2,7 +2,7 @@
 Try a run, or a bare model: a prefix in, thinking and completions out.
 
 $ python sample.py out/demo-1 --prefix "Return the number of"     # five completions by the trained generator
-$ python sample.py out/demo-1 --file start.txt --both             # base and trained model side by side
+$ python sample.py out/demo-1 --prefix "$(cat a.txt)" --both      # base and trained model side by side
 $ python sample.py out/demo-1 --prefix "Return" --best_of 8       # the best of 8, by the discriminator
 $ python sample.py out/demo-1                                     # type prefixes; an empty line ends it
 $ python sample.py Qwen/Qwen3-0.6B --prefix "Return" --device cpu # a model without a run
@@ -31,9 +31,7 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("source", help="folder of a run, or a model: hub id, folder, demo, demo-small")
     add("--prefix", default=None, help="text to continue (default: ask for it)")
-    add("--file", default=None, help="file with the text to continue")
     add("--num", type=int, default=5, help="completions to print")
-    add("--base", action="store_true", help="sample from the base model instead of the trained one")
     add("--both", action="store_true", help="sample from the base model, then from the trained one")
     add("--best_of", type=int, default=1, help="completions to choose from: the discriminator's choice is printed")
     add("--temperature", type=float, default=None, help="sampling temperature (default: the run's)")
@@ -45,10 +43,7 @@ if __name__ == "__main__":
     for wrong, message in (
         (flags.num < 1 or flags.best_of < 1, "--num and --best_of must be 1 or more"),
         (flags.prefix is not None and not flags.prefix.strip(), "--prefix is empty; give some text"),
-        (flags.prefix is not None and flags.file, "give --prefix or --file, not both"),
         (not is_run and (flags.both or flags.best_of > 1), f"--both and --best_of need a run; {flags.source} is none"),
-        (flags.base and (flags.both or flags.best_of > 1), "--base samples from the base alone; leave out --both and "
-         "--best_of"),
     ):
         if wrong:
             raise UserError(message)
@@ -66,14 +61,6 @@ if __name__ == "__main__":
             setattr(args, name, getattr(flags, name))
     check_device(args.device)
     check_temperature(args.temperature)
-    given = flags.prefix
-    if flags.file:
-        try:
-            given = pathlib.Path(flags.file).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--file {flags.file} cannot be read: {error}") from None
-        if not given.strip():
-            raise UserError(f"--file {flags.file} is empty; give a file with some text")
 
     import torch
 
@@ -98,9 +85,9 @@ if __name__ == "__main__":
             raise UserError(f"{run.folder} has no usable discriminator: {first_line(error)}") from None
     players = {"base": None, "trained": generator.adapter}
     if not flags.both:
-        players = {"base": None} if flags.base or not is_run else {"trained": generator.adapter}
+        players = {"trained": generator.adapter} if is_run else {"base": None}
 
-    for asked, text in enumerate(prefixes(given)):
+    for asked, text in enumerate(prefixes(flags.prefix)):
         prefix = clean(text.rstrip())
         sep = text[len(prefix):] or " "
         generator.check_length(len(writer.prompt_ids(prefix)) + writer.max_reply)

@@ -4,10 +4,9 @@ and on CUDA one graph for a whole decode step.
 
 What differs from the textbook:
 1. The copy shares every weight that no adapter changes. A merged layer is recomputed from the pristine weights at each
-   sync, so that rounding errors do not accumulate. Beside a quantised layer the adapter stays apart.
+   sync, so that rounding errors do not accumulate. Unmerged, or on a quantised layer, an adapter stays apart.
 2. On CUDA the cache is transformers' StaticCache, whose tensors stay where they are, so that a graph can replay a step.
-   On a CPU, and for models that have none, it is transformers' growing cache, into which the beginning that all prompts
-   share is read once.
+   On a CPU, and for models that have none, it is transformers' growing cache.
 
 Letters: B sequences, P prompt width, W columns of the cache, H hidden.
 """
@@ -18,7 +17,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache, StaticCache
 
-from flags import UserError
 from model import backbone, causal_lm, head_weights, pad, has_full_attention
 
 BUCKET = 64  # the cache's width is a multiple of it, so that prompts of about one length share a cache and its graph
@@ -67,9 +65,6 @@ def sampling_copy(model, merge):
     for module in base.modules():
         if isinstance(module, LoraLayer):
             layer = module.get_base_layer()
-            if not torch.is_tensor(getattr(layer, "weight", None)):
-                raise UserError(f"--model {base.config.name_or_path}: sampling does not support the adapters that peft "
-                                f"puts on {type(layer).__name__}; choose a model without a mixture of experts")
             mergeable = merge and layer.weight.is_floating_point()
             pairs.append((copy.deepcopy(layer) if mergeable else AdapterBeside(module), module))
             memo[id(module)] = pairs[-1][0]  # deepcopy then uses this layer instead of copying the module
@@ -163,7 +158,7 @@ class Step:
         self.step, self.sampler, self.graph, self.tried = step, sampler, None, False
 
     def __call__(self):
-        self.graph.replay() if self.graph else self.step()
+        (self.graph.replay if self.graph else self.step)()
 
     def capture(self):
         """Capture the step if that has not been tried. Returns True if it advanced the state: begin again."""
@@ -181,8 +176,8 @@ class Step:
                 self.step()
             self.graph = graph
         except RuntimeError as error:
-            torch.cuda.set_stream(here)  # where ending a capture fails, torch leaves its own stream the current one
-            cause = error.__context__ or error  # the error of the end hides the first one
+            torch.cuda.set_stream(here)  # a capture that fails at its end leaves torch's own stream current
+            cause = error.__context__ or error  # the end's error hides the first
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             self.sampler.captures = False  # another shape would fail, too
@@ -191,7 +186,7 @@ class Step:
 
 
 class Sampler:
-    """A model to sample from, in place of the one that learns: faster, and with the same distribution.
+    """A copy of the learning model to sample from: faster, and with its distribution but for rounding.
 
     `sync(adapter)` makes it the model with that adapter, or with none. merge: merged layers where the base is not
     quantised, else adapters beside them. static: use a StaticCache (None: on CUDA).
@@ -234,5 +229,5 @@ class Sampler:
         return found
 
     def release(self):
-        """Drop the kept caches, before shapes that will not come back fill the memory."""
+        """Drop the kept caches, whose shapes will not come back."""
         self.caches.clear()

@@ -9,7 +9,7 @@ One base model plays both players through rsLoRA adapters. Each step, on a batch
 
 What differs from textbook REINFORCE and textbook GANs:
 1. Thinking and completion are trained by the same reward.
-2. There is one update per batch, so no PPO ratio and no clipping. `logp_gap` logs how far sampler and learner differ.
+2. There is one update per batch, so no PPO clipping. `logp_gap` logs how far sampler and learner differ.
 3. The KL is summed over the vocabulary at every sampled position, and stands in the loss, not in the reward.
 4. The discriminator reads both texts tokenised alike and cut to the same number of tokens.
 
@@ -61,7 +61,7 @@ def flags(words=None):
     add("--prefix_tokens", type=int, default=None, help="length of a prefix (default: same as --completion_tokens)")
     add("--reasoning_tokens", type=int, default=None, help="thinking budget, 0: none (default: 256; with plain: 0)")
     add("--completion_tokens", type=int, default=256, help="completion budget")
-    add("--echo_tokens", type=int, default=16, help="extra tokens for an echo of the prefix, and words of it (0: off)")
+    add("--echo_tokens", type=int, default=16, help="tokens, and words, that an echo of the prefix may have (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
     add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")
@@ -69,7 +69,7 @@ def flags(words=None):
     add("--kl_coef", type=float, default=0.05, help="weight of the KL to the base model (0: off, saves a pass)")
     add("--ema_decay", type=float, default=0.9, help="decay of the reward baseline")
     add("--adv_norm", action=Switch, default=False, help="divide advantages by a running standard deviation")
-    add("--ce_coef", type=float, default=0.0, help="weight of the truth's cross-entropy, which decays to 0 (0: off)")
+    add("--ce_coef", type=float, default=0.0, help="weight of the cross-entropy of the truth, decays to 0 (0: off)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, also in the log-probs (0: greedy)")
     add("--merge", action=Switch, default=None, help="sample from merged weights (default: only in fp32)")
     add("--sampler", default="none", help="URL of a vLLM server that samples; none: this process does")
@@ -109,7 +109,8 @@ def flags(words=None):
     for applies, defaults in ((preset in PRESETS, PRESETS.get(preset)), (reason, REASON),
                               (reason and preset in ("demo", "best"), DEMO_REASON),
                               (plain, dict(reasoning_tokens=0, echo_tokens=0))):  # later ones win
-        parser.set_defaults(**defaults if applies else {})
+        if applies:
+            parser.set_defaults(**defaults)
     return parser
 
 
@@ -121,7 +122,8 @@ def parse_flags(words=None):
         args = parser.resumed(args, MAY_CHANGE)
     for name, default in dict(prefix_tokens=args.completion_tokens, reasoning_tokens=256,
                               merge=args.dtype == "fp32", tis=0.0 if args.sampler == "none" else 2.0).items():
-        setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     check(args, parser.given())
     return args
 
@@ -245,9 +247,9 @@ if __name__ == "__main__":
                         g_loss=sum(everyone([g_loss])), g_grad_norm=generator.step(lr_factor),
                         **policy_metrics(stats, roll, with_kl))
 
-        # discriminator step: cross-entropy on the real and the generated text of every prefix
+        # discriminator step: its loss on the real and the generated text of every prefix shown
         discriminator.activate()
-        d_loss, right = 0.0, torch.zeros(2)  # (2,) of real, of generated
+        d_loss, right = 0.0, torch.zeros(2)  # (2,) real, generated
         for rows in micro_batches(mine(judged.shown), args.micro_batch):
             loss, num_right = judge.loss(judged, rows)  # (), (2,)
             discriminator.backward(loss)
@@ -266,8 +268,8 @@ if __name__ == "__main__":
                     tokens_per_second=samples.num_sampled / (t2 - t0))
         if step >= 0:
             d_metrics, verdicts = judge.metrics(judged, step)
-            counted, read = reward.where(judged.counts, torch.nan), judged.p_real.where(judged.read, torch.nan)  # (B,)
-            records = writer.records([step] * B, batch, samples, counted, read)
+            paid, p_real = reward.where(judged.counts, torch.nan), judged.p_real.where(judged.read, torch.nan)  # (B,)
+            records = writer.records([step] * B, batch, samples, paid, p_real)
             for name, lines in dict(metrics=[row | d_metrics], rollouts=records, verdicts=verdicts).items():
                 if name in files:  # verdicts are there with --disc reason only
                     files[name].write(json_lines(lines))

@@ -116,9 +116,7 @@ ARGS = {"model": "demo", "prompt": "{text}"}
 
 @pytest.mark.parametrize("content", [
     "garbage", "[]", "{}", '{"args": {}}', '{"args": {"model": "demo"}}',
-    *(json.dumps({"args": ARGS | {key: value}}) for key, value in (
-        ("batch_size", "x"), ("num_steps", None), ("device", None), ("quant", "nf5"), ("adv_norm", 1.5), ("rank", 0),
-        ("g_lr", -1.5), ("seed", True), ("prompt", "none"), ("prompt", "\ud800{text}"), ("d_model", 1.5)))])
+    *(json.dumps({"args": ARGS | {key: value}}) for key, value in (("rank", 0), ("g_lr", -1.5)))])
 def test_a_run_with_a_damaged_args_file_is_one_line(content, tmp_path, capsys):
     (tmp_path / "args.json").write_text(content)
     assert str(tmp_path) in mistake(["--resume", str(tmp_path)], capsys)
