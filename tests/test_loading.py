@@ -195,11 +195,14 @@ def test_the_probe_refuses_a_model_whose_sampler_and_learner_would_differ(kind, 
     assert "the sampler's log-probs are" in error.value.message
 
 
-@pytest.mark.parametrize("where, what", [("hidden_states", "learner"), ("score", "KeyError")])
+@pytest.mark.parametrize("where, what", [("hidden_states", "learner"), ("one row", "are nan"), ("score", "KeyError")])
 def test_the_probe_turns_any_failure_into_one_line(where, what, tiny_folder, monkeypatch):
-    writer, generator, windows, judge = players(tiny_folder)
+    writer, generator, windows, judge = players(tiny_folder, micro_batch=0)
     if where == "score":
         monkeypatch.setattr(judge, "score", lambda *_: {}["no"])
+    elif where == "one row":
+        first = torch.tensor([torch.nan, 0, 0])[:, None, None]  # (3, 1, 1)
+        monkeypatch.setattr("model.hidden_states", lambda *a: hidden_states(*a) + first)
     else:  # a learner with dropout, say
         monkeypatch.setattr("model.hidden_states", lambda *a: torch.dropout(hidden_states(*a), 0.3, True))
     with pytest.raises(UserError) as error:
