@@ -27,7 +27,7 @@ from flags import UserError, digest, first_line, read_json, resume_command, writ
 from model import DAMAGE, digests, load_adapter, load_players, located, pinned
 from ranks import FIRST, agreed, everyone, size
 
-FORMAT = 4
+FORMAT = 3
 
 
 def save(out_dir, step, players, judge, baseline, stream, files):
@@ -56,7 +56,8 @@ def save(out_dir, step, players, judge, baseline, stream, files):
         torch.save({"format": FORMAT, "step": step, "lengths": lengths, "baseline": baseline.state_dict(),
                     "stream": stream.state_dict(), "players": [player.state_dict() for player in players]},
                    new / "state.pt")
-        write_whole(new / "digests.json", json.dumps(file_digests(new)))
+        write_whole(new / "digests.json", json.dumps({
+            str(path.relative_to(new)): file_digest(path) for path in sorted(new.rglob("*")) if path.is_file()}))
         for path in [*new.rglob("*"), new]:
             fsync(path)
         if os.path.lexists(ckpt):
@@ -124,20 +125,20 @@ def fsync(path):
         os.close(number)
 
 
-def file_digests(folder):
-    """Digests of a checkpoint's files, by their paths in its folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "digests.json":
-            with open(path, "rb") as file:
-                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
-    return found
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def check_files(folder, suffix=""):
+    """Raise a ValueError where a checkpoint's files whose names end in the suffix are not those that were saved."""
+    saved = read_json(folder / "digests.json")
+    if not saved or any(file_digest(folder / name) != old for name, old in saved.items() if name.endswith(suffix)):
+        raise ValueError("its files are not those that were saved")
 
 
 def load_weights(folder, players, judge=None):
-    """Read the adapters of players, and a judge's head, from a checkpoint's folder, if its files are as saved."""
-    if read_json(folder / "digests.json") != file_digests(folder):
-        raise ValueError("its files are not those that were saved")
+    """Read the adapters of players, and a judge's head, from a checkpoint's folder."""
     for player in players:
         load_adapter(player.model, folder / player.adapter, player.adapter)
     if judge:
@@ -156,10 +157,15 @@ def restore(out_dir, players, judge, baseline, stream):
         saved = torch.load(ckpt / "state.pt", map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"its format is {saved['format']}, this version reads {FORMAT}")
+        check_files(ckpt)
         load_weights(ckpt, players, judge)
         for name, length in saved["lengths"].items():
-            if (out_dir / name).stat().st_size < length:
-                raise ValueError(f"{name} is shorter than it was then")
+            if name not in ("metrics.jsonl", "rollouts.jsonl", "verdicts.jsonl") or (out_dir / name).is_symlink():
+                raise ValueError(f"{name} is a link, or no file of a run")
+            with open(out_dir / name, "rb") as file:
+                file.seek(max(length - 1, 0))
+                if length and file.read(1) != b"\n":
+                    raise ValueError(f"{name} has no line that ends at byte {length}")
         for player, state in zip(players, saved["players"], strict=True):
             player.load_state_dict(state)
         baseline.load_state_dict(saved["baseline"])
@@ -180,6 +186,7 @@ def load_run(run, device):
     pin(run.args)
     folder, players = latest(run.folder) or run.folder / "ckpt", load_players(run.args, device)
     try:
+        check_files(folder, ".safetensors")
         load_weights(folder, players)
     except DAMAGE as error:
         raise UserError(f"{folder} cannot be used ({first_line(error)}): it is missing, cut short, or from another "

@@ -72,7 +72,7 @@ def make_judge(args, player, sampler):
 def training_labels(args, shown, B, device, first):
     """Labels (B, 2) to learn for real and generated text; --d_shuffle swaps those of a random half of the pairs.
 
-    Exactly half: a few more right labels than wrong ones probably teach what is real (docs/results.md).
+    Exactly half are, because a surplus of right labels may teach what is real (docs/results.md; not proved).
     """
     labels, rng = torch.tensor([[REAL, 1 - REAL]], device=device).repeat(B, 1), rng_for(args.seed, "shuffle", first)
     if args.d_shuffle:

@@ -172,7 +172,7 @@ def read_json(file):
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        advice = "restore that file" if file.stem == "args" else "measure the run again with evaluate.py"
+        advice = "restore that file" if file.stem in ("args", "digests") else "measure the run again with evaluate.py"
         raise UserError(f"{file} cannot be used ({error}); {advice}") from None
 
 

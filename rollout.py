@@ -349,7 +349,7 @@ def gather(prompts, written, rules):
 
 
 def strip_echo(reply, prefix, max_words):
-    """Cut off an echo: the last 2 to `max_words` words of the prefix at the reply's beginning, after an ellipsis or not.
+    """Cut off an echo: the prefix's last 2 to `max_words` words at the reply's beginning, after an ellipsis or not.
 
     Leading white space always goes. max_words below 2: no echo is looked for.
     """

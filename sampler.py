@@ -4,7 +4,8 @@ and on CUDA one graph for a whole decode step.
 
 What differs from the textbook:
 1. The copy shares every weight that no adapter changes. A merged layer is recomputed from the pristine weights at each
-   sync, so that rounding errors do not accumulate. Unmerged, or on a quantised layer, an adapter stays apart.
+   sync, so that rounding errors do not accumulate. Without `merge`, and on quantised layers, an adapter runs
+   beside its layer.
 2. On CUDA the cache is transformers' StaticCache, whose tensors stay where they are, so that a graph can replay a step.
    On a CPU, and for models that have none, it is transformers' growing cache.
 

@@ -61,7 +61,8 @@ def flags(words=None):
     add("--prefix_tokens", type=int, default=None, help="length of a prefix (default: same as --completion_tokens)")
     add("--reasoning_tokens", type=int, default=None, help="thinking budget, 0: none (default: 256; with plain: 0)")
     add("--completion_tokens", type=int, default=256, help="completion budget")
-    add("--echo_tokens", type=int, default=16, help="tokens, and words, that an echo of the prefix may have (0: off)")
+    add("--echo_tokens", type=int, default=16,
+        help="longest echo of the prefix that is cut off, in words; as many more tokens are sampled (0: off)")
     add = parser.add_argument_group("generator").add_argument
     add("--g_lr", type=float, default=3e-5, help="learning rate, decays linearly to 0 (0: the generator is frozen)")
     add("--g_reward", choices=["prob", "neglog", "azr"], default="prob", help="p_real, -log(1 - p_real) or 1 - d_value")

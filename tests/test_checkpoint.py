@@ -18,7 +18,6 @@ from flags import Run
 from model import Player
 from reward import Baseline
 
-FLAGS = dict(prompt="{text}", num_steps=3, d_warmup=1, batch_size=4, rank=4)
 ADAM = dict(optim="adam", grad_clip=1.0, beta1=0.9, beta2=0.9, dtype="fp16")
 
 
@@ -27,7 +26,7 @@ def run(tiny, tmp_path, request):
     """A run after its second step: its folder, players, judge, baseline and open files; no checkpoint yet."""
     out = tmp_path / "run"
     out.mkdir()
-    (out / "args.json").write_text(json.dumps({"args": FLAGS | {"model": "demo"}, "command": ["x/train.py"]}))
+    (out / "args.json").write_text(json.dumps({"args": {}, "command": ["x/train.py"]}))
     files = [open(out / f"{name}.jsonl", "a", 1) for name in ("metrics", "rollouts")]
     for file in files:
         file.write('{"step": 0}\n{"step": 1}\n')
@@ -57,41 +56,83 @@ def all_bytes(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["edited", "cut", "format", "exchanged adapters", "a shorter file"])
-def test_a_damaged_checkpoint_is_one_line_and_nothing_is_cut(damage, run, capsys):
-    out, *rest, files = run
-    checkpoint.save(out, 2, *rest, files)
-    file, wanted = out / "ckpt" / "state.pt", "its files are not those that were saved"
-    saved = torch.load(file, weights_only=True)
-    if damage == "exchanged adapters":
-        for old, new in (("generator", "x"), ("discriminator", "generator"), ("x", "discriminator")):
-            (out / "ckpt" / old).rename(out / "ckpt" / new)
-    elif damage == "a shorter file":
-        (out / "rollouts.jsonl").write_text("")
-        wanted = "rollouts.jsonl is shorter"
-    elif damage == "cut":
-        file.write_bytes(file.read_bytes()[:-9])
-        wanted = ""
-    else:
-        torch.save(saved | ({"format": 3} if damage == "format" else {"step": 1}), file)
-        wanted = "its format is 3" if damage == "format" else wanted
-    files[1].write('{"step": 2}\n' if damage != "a shorter file" else "")
+def sign(ckpt):
+    """Make a checkpoint's digests fit its files again, as one who damages it on purpose would."""
+    names = json.loads((ckpt / "digests.json").read_text())
+    (ckpt / "digests.json").write_text(json.dumps({name: checkpoint.file_digest(ckpt / name) for name in names}))
+
+
+def refused(out, rest, capsys):
+    """The line that refuses a checkpoint, and changes nothing."""
     before = all_bytes(out)
     err = ends(lambda: checkpoint.restore(out, *rest), capsys)
-    assert f"--resume {out}: ckpt cannot be used (" in err and wanted in err and all_bytes(out) == before
+    assert all_bytes(out) == before
+    return err
 
 
-@pytest.mark.parametrize("damage", ["nan", "size", "keys", "cut"])
-@pytest.mark.parametrize("name", ["head.safetensors", "generator/adapter_model.safetensors"])
-def test_a_damaged_head_or_adapter_is_one_line(name, damage, run, capsys):
+@pytest.mark.parametrize("name", ["state.pt", "head.safetensors", "generator/adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "edited"])
+def test_a_checkpoint_with_a_damaged_file_is_one_line(damage, name, run, capsys):
     out, *rest, files = run
     checkpoint.save(out, 2, *rest, files)
+    files[1].write('{"step": 2}\n')
     file = out / "ckpt" / name
-    key, x = next(iter(load_file(file).items()))
-    more = dict(nan={key: x * math.nan}, size={key: torch.zeros(7, 7)}, keys={"x": torch.zeros(1)}, cut={})[damage]
-    whole = save(load_file(file) | more)
-    file.write_bytes(whole[:-9] if damage == "cut" else whole)
-    assert "ckpt cannot be used (" in ends(lambda: checkpoint.restore(out, *rest), capsys)
+    if damage == "gone":
+        file.rename(out / "x")
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + (b"" if damage == "cut" else b"x"))
+    assert ("there is no checkpoint" if file.name == "state.pt" and damage == "gone" else
+            f"--resume {out}: ckpt cannot be used (") in refused(out, rest, capsys)
+
+
+@pytest.mark.parametrize("what", ["", "torn", "absent"])
+def test_damaged_digests_are_one_line(what, run, capsys):
+    out, *rest = run
+    checkpoint.save(out, 2, *rest)
+    file = out / "ckpt" / "digests.json"
+    file.unlink() if what == "absent" else file.write_text("{}" if not what else '{"state')
+    assert "restore that file" in refused(out, rest[:-1], capsys) if what == "torn" else (
+        "not those that were saved" in refused(out, rest[:-1], capsys))
+
+
+LENGTHS = {  # what is done to the lengths to which a run's files are cut
+    "a file of the user's": lambda s, out: s.update({str(out / "args.json"): 0}),
+    "another file of the run": lambda s, out: s.update({"args.json": 0}),
+    "negative": lambda s, out: s.update({"rollouts.jsonl": -1}),
+    "too long": lambda s, out: s.update({"rollouts.jsonl": 99}),
+    "within a line": lambda s, out: s.update({"rollouts.jsonl": 5}),
+    "a link": lambda s, out: ((out / "rollouts.jsonl").rename(out.parent / "x"),
+                              (out / "rollouts.jsonl").symlink_to(out.parent / "x"))}
+
+
+@pytest.mark.parametrize("damage", LENGTHS)
+def test_only_a_runs_own_files_are_cut_and_only_after_a_line(damage, run, capsys):
+    out, *rest, files = run
+    checkpoint.save(out, 2, *rest, files)
+    file = out / "ckpt" / "state.pt"
+    saved = torch.load(file, weights_only=True)
+    LENGTHS[damage](saved["lengths"], out)
+    torch.save(saved, file)
+    sign(out / "ckpt")
+    files[1].write('{"step": 2}\n')
+    assert f"--resume {out}: ckpt cannot be used (" in refused(out, rest, capsys)
+
+
+@pytest.mark.parametrize("damage", ["size", "keys", "exchanged"])
+def test_weights_of_another_model_are_one_line(damage, run, capsys):
+    out, *rest, files = run
+    checkpoint.save(out, 2, *rest, files)
+    ckpt = out / "ckpt"
+    file = ckpt / "generator" / "adapter_model.safetensors"
+    weights = load_file(file)
+    if damage == "exchanged":
+        for old, new in (("generator", "x"), ("discriminator", "generator"), ("x", "discriminator")):
+            (ckpt / old).rename(ckpt / new)
+    else:
+        key = next(iter(weights))
+        file.write_bytes(save(weights | ({key: torch.zeros(7, 7)} if damage == "size" else {"x": torch.zeros(1)})))
+        sign(ckpt)
+    assert "ckpt cannot be used (" in refused(out, rest, capsys)
 
 
 @pytest.mark.parametrize("run", [{}, {"optim": "adam8bit"}], indirect=True)

@@ -216,6 +216,8 @@ def test_samples_come_from_a_run_its_base_and_a_bare_model(finished, capsys):
     assert ended.status == 0 and ended.out.count("--- ") == 4 and "--- base 1, p_real 0." in ended.out, ended.err
     ended = run_script("sample.py", "demo", "--prefix", "Return", "--num", 1)
     assert ended.status == 0 and ended.out.count("--- base 1\n") == 1, ended.err
+    ended = run_script("sample.py", finished[0], "--prefix", "Return", "--num", 1)
+    assert ended.status == 0 and ended.out.count("--- trained 1\n") == 1, ended.err
     for words in (["no/run", "--both"], [finished[0], "--num", 0]):
         ended = run_script("sample.py", *words)
         assert ended.status == 2 and ended.err.count("\n") == 1
