@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, kl_divergence
 
-from model import (_TokenStats, MuonAndAdam, Player, adapter_parameters, add_adapters, causal_lm, checkpoint_layers, head_logits,
-                   hidden_states, load_adapter, load_model, token_stats, without_adapters)
+from flags import UserError
+from model import (_TokenStats, MuonAndAdam, Player, adapter_parameters, add_adapters, causal_lm, checked_device,
+                   checkpoint_layers, head_logits, hidden_states, load_adapter, load_model, token_stats, without_adapters)
 
 V = 4090  # the tiny model's output layer has ten rows more
 g = torch.Generator().manual_seed(0)
@@ -191,3 +192,12 @@ def test_muon_takes_the_matrices_and_adam_the_rest():
         saved, both = both.state_dict(), MuonAndAdam(ours, 0.1, (0.9, 0.95))
         both.load_state_dict(saved)
     assert len(MuonAndAdam(ours[:1], 0.1, (0.9, 0.95)).parts) == 1
+
+
+def test_cuda_means_the_first_gpu_since_torch_sets_one_by_its_number(monkeypatch):
+    numbers = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: numbers.append(device.index))
+    assert [checked_device(name).index for name in ("cuda", "cuda:1")] == [0, 1] == numbers
+    with pytest.raises(UserError):
+        checked_device("cuda:2")
