@@ -234,8 +234,8 @@ if __name__ == "__main__":
             for rows in micro_batches(mine(range(B)), args.micro_batch):
                 part = sampled_stats(generator.model, roll, rows, writer.rules, args.temperature, with_kl)  # (N,) each
                 sizes, drawn = roll.sampled[rows].sum(1), roll.logps[rows][roll.sampled[rows]]  # (b,), (N,)
-                weights = truncated_ratio(part.logp, drawn, args.tis)  # (N,) 1 unless --tis is given
-                weights = weights * advantage[rows].repeat_interleave(sizes)  # (N,)
+                ratio = truncated_ratio(part.logp, drawn, args.tis)  # (N,) 1 unless --tis is given
+                weights = ratio * advantage[rows].repeat_interleave(sizes)  # (N,)
                 loss = policy_loss(part.logp, part.kl, weights, args.kl_coef, B * (R + C))  # ()
                 generator.backward(loss)
                 if args.ce_coef:  # teacher forcing: the truth after the same thinking, with a weight that decays
