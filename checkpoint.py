@@ -162,6 +162,8 @@ def restore(out_dir, players, judge, baseline, stream):
         for name, length in saved["lengths"].items():
             if name not in ("metrics.jsonl", "rollouts.jsonl", "verdicts.jsonl") or (out_dir / name).is_symlink():
                 raise ValueError(f"{name} is a link, or no file of a run")
+            if type(length) is not int or length < 0:
+                raise ValueError(f"{length!r} is not a length of {name}")
             with open(out_dir / name, "rb") as file:
                 file.seek(max(length - 1, 0))
                 if length and file.read(1) != b"\n":

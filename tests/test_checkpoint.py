@@ -98,6 +98,7 @@ def test_damaged_digests_are_one_line(what, run, capsys):
 LENGTHS = {  # what is done to the lengths to which a run's files are cut
     "a file of the user's": lambda s, out: s.update({str(out / "args.json"): 0}),
     "another file of the run": lambda s, out: s.update({"args.json": 0}),
+    "a float": lambda s, out: s.update({"metrics.jsonl": 0.0}),
     "negative": lambda s, out: s.update({"rollouts.jsonl": -1}),
     "too long": lambda s, out: s.update({"rollouts.jsonl": 99}),
     "within a line": lambda s, out: s.update({"rollouts.jsonl": 5}),
